@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qjax: quantize JAX/Flax models well, run them fast, take them to and from the Hugging Face world."""
+
+from qjax.algorithms.round_nearest import quantize as quantize
+from qjax.evaluation import Evaluation as Evaluation
+from qjax.evaluation import evaluate as evaluate
+from qjax.nnx_layers import QuantizedParam as QuantizedParam
+from qjax.ops import dot_general as dot_general
+from qjax.ops import einsum as einsum
+from qjax.ops import matmul as matmul
+from qjax.ops import take as take
+from qjax.post_training import quantize_model as quantize_model
+from qjax.qtensor import QTensor as QTensor
+from qjax.qtensor import dequantize as dequantize
+from qjax.ranges import RangeSearch as RangeSearch
+from qjax.report import QuantizationReport as QuantizationReport
+from qjax.scheme import Recipe as Recipe
+from qjax.scheme import Rule as Rule
+from qjax.scheme import Scheme as Scheme

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizing the other operand of a product, at run time, from its own values.
+
+    x  ~  codes * scale,     scale = absmax over the token (or over a group of it) / divisor
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from qjax import formats, ranges, tiles
+from qjax.formats import Format
+from qjax.scheme import ActivationScheme
+
+
+class Quantized(NamedTuple):
+    """Activations in few bits, as a product uses them once and forgets them.
+
+    Attributes:
+      codes: unpacked, in the shape of the activations.
+      scale: float32; length 1 along contraction axes, or one entry a group of the last of them.
+      format: what the codes mean.
+      group_size: elements along the last contraction axis that share a scale; None: all.
+    """
+
+    codes: Shaped[Array, "..."]
+    scale: Float[Array, "..."]
+    format: Format
+    group_size: int | None
+
+
+def quantize(
+    x: Float[Array, "..."], scheme: ActivationScheme, axis: tuple[int, ...]
+) -> Quantized:
+    """Quantizes activations dynamically: per token, or per group of each token.
+
+    Args:
+      x: activations.
+      scheme: format, and whether scales are per token or per group.
+      axis: the axes that the product sums over.
+
+    Returns:
+      Codes and float32 scales. A token of zeros has scale one.
+
+    Raises:
+      ValueError: the group size does not divide the last contraction axis.
+    """
+    tile = [1] * x.ndim
+    for a in axis:
+        tile[a] = x.shape[a]
+    if scheme.group_size is not None:
+        length = x.shape[axis[-1]]
+        if length % scheme.group_size:
+            raise ValueError(
+                f"activations are quantized in groups of {scheme.group_size}, which does not "
+                f"divide the {length} elements that the product sums over"
+            )
+        tile = [scheme.group_size if i == axis[-1] % x.ndim else 1 for i in range(x.ndim)]
+    magnitudes = jnp.abs(jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32))
+    absmax = jnp.max(tiles.split(magnitudes, tuple(tile)), axis=tiles.inner_axes(tuple(tile)))
+    scale = ranges.symmetric_scale(absmax, scheme.format, scheme.scale_format).astype(jnp.float32)
+    steps = x.astype(jnp.float32) / tiles.spread(scale, tuple(tile), x.shape)
+    codes = formats.encode(steps, scheme.format)
+    return Quantized(codes, scale, scheme.format, scheme.group_size)
+
+
+def dequantize(q: Quantized) -> Float[Array, "..."]:
+    """The float32 activations that the codes stand for."""
+    tile = tuple(-(-n // s) for n, s in zip(q.codes.shape, q.scale.shape, strict=True))
+    return formats.decode(q.codes, q.format) * tiles.spread(q.scale, tile, q.codes.shape)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Number formats: which values a few bits can hold, and the way from a real number to its code.
+
+Three kinds exist. An *integer* format holds every whole number of a range. A *float* format is an
+8-bit float that the hardware knows and ml_dtypes names. A *codebook* format is a table of sixteen
+values, and its code is an index into that table.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer, Shaped
+
+# The 4-bit NormalFloat of QLoRA (Dettmers et al., 2023, arXiv:2305.14314, appendix E): quantiles of a
+# standard normal, scaled to [-1, 1], with an exact zero.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+# E2M1 of the OCP Microscaling formats specification v1.0 (2023), section 5.3.3: bit 3 is the sign.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """The values that ``bits`` bits can hold.
+
+    Attributes:
+      name: what schemes, reports and files call it.
+      bits: bits of one stored code.
+      kind: how a code stands for a value; see the module's docstring.
+      low: least value.
+      high: greatest value.
+      dtype: dtype of unpacked codes, as its numpy name.
+      table: the values in code order; codebook formats only.
+    """
+
+    name: str
+    bits: int
+    kind: Literal["integer", "float", "codebook"]
+    low: float
+    high: float
+    dtype: str
+    table: tuple[float, ...] = ()
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes are stored several to a byte."""
+        return self.bits < 8
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes are two's complement; a codebook's are indices."""
+        return self.kind == "integer"
+
+    @property
+    def symmetric_divisor(self) -> float:
+        """What the largest magnitude is divided by to give a symmetric scale.
+
+        For integers ``(2**bits - 1) / 2``, half the number of steps: the range is used in full, the
+        positive end saturates by at most half a step. It is what compressed-tensors does.
+        """
+        return (self.high - self.low) / 2
+
+
+def _integer(bits: int) -> Format:
+    low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    return Format(name=f"int{bits}", bits=bits, kind="integer", low=low, high=high, dtype="int8")
+
+
+INT2, INT3, INT4, INT8 = (_integer(bits) for bits in (2, 3, 4, 8))
+E4M3 = Format(name="e4m3", bits=8, kind="float", low=-448, high=448, dtype="float8_e4m3fn")
+E5M2 = Format(name="e5m2", bits=8, kind="float", low=-57344, high=57344, dtype="float8_e5m2")
+NF4 = Format(name="nf4", bits=4, kind="codebook", low=-1, high=1, dtype="int8", table=_NF4)
+E2M1 = Format(name="e2m1", bits=4, kind="codebook", low=-6, high=6, dtype="int8", table=_E2M1)
+
+_ALL = {f.name: f for f in (INT2, INT3, INT4, INT8, E4M3, E5M2, NF4, E2M1)}
+
+
+def format_named(name: str) -> Format:
+    """Finds a format by its name.
+
+    Raises:
+      ValueError: no format has that name.
+
+    >>> format_named("int4").high
+    7.0
+    """
+    if name not in _ALL:
+        raise ValueError(f"unknown number format {name!r}: qjax has {', '.join(_ALL)}")
+    return _ALL[name]
+
+
+def encode(values: Float[Array, "*shape"], fmt: Format) -> Shaped[Array, "*shape"]:
+    """Rounds each value to the nearest one that the format holds, and gives its code.
+
+    Ties go to the even code; values beyond the range, infinities too, saturate. NaN has no code:
+    callers refuse it before.
+
+    Args:
+      values: already divided by their scale (and shifted by their zero).
+      fmt: the target format.
+
+    Returns:
+      Unpacked codes of dtype ``fmt.dtype``.
+
+    Example:
+      >>> encode(jnp.array([0.5, 1.5, 9.0]), INT4).tolist()
+      [0, 2, 7]
+    """
+    # In float32 every midpoint between neighbours of these formats is exact, so one rounding is all.
+    clipped = jnp.clip(values.astype(jnp.float32), fmt.low, fmt.high)
+    match fmt.kind:
+        case "integer":
+            return jnp.round(clipped).astype(fmt.dtype)
+        case "float":
+            return clipped.astype(fmt.dtype)
+        case "codebook":
+            return _nearest_entry(clipped, fmt)
+
+
+def decode(codes: Shaped[Array, "*shape"], fmt: Format) -> Float[Array, "*shape"]:
+    """The float32 value of each unpacked code; exact for every format.
+
+    >>> decode(jnp.array([7, 15], jnp.int8), E2M1).tolist()
+    [6.0, -6.0]
+    """
+    if fmt.kind == "codebook":
+        return jnp.asarray(fmt.table, jnp.float32)[codes]
+    return codes.astype(jnp.float32)
+
+
+def _nearest_entry(values: Float[Array, "*shape"], fmt: Format) -> Integer[Array, "*shape"]:
+    """Index of the nearest table entry, the even index of two equally near."""
+    order = np.argsort(fmt.table, kind="stable").astype(np.int8)
+    # -0.0 is an entry of its own that no value needs: +0.0 (the lower index) stands for both.
+    order = order[[0, *(np.flatnonzero(np.diff(np.asarray(fmt.table)[order])) + 1)]]
+    ladder = np.asarray(fmt.table, np.float32)[order]
+    midpoints = (ladder[1:] + ladder[:-1]) / 2
+    position = sum((values > m).astype(jnp.int8) for m in midpoints)
+    # A tie has just failed `>` and sits on the lower rung; it moves up if the upper code is even.
+    upper_is_even = [m for m, code in zip(midpoints, order[1:], strict=True) if code % 2 == 0]
+    position += sum((values == m).astype(jnp.int8) for m in upper_is_even)
+    return jnp.asarray(order)[position]

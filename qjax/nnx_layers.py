@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock Flax NNX layers that hold a QTensor where their weight was.
+
+Flax gives each layer hooks for this, and nothing else is touched: the layer stays the ``nnx.Linear``
+that it was. Two are needed. ``dot_general=`` (``einsum_op=``) computes the product; ``promote_dtype=``
+must pass a QTensor on, where Flax's own would turn it into an array.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from qjax import ops, qtensor
+from qjax.qtensor import QTensor
+
+QuantizableLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Embed
+
+
+class QuantizedParam(nnx.Variable):
+    """A frozen weight: not an ``nnx.Param``, so ``wrt=nnx.Param`` leaves it out of training."""
+
+
+def quantizable_layers(model: nnx.Module) -> Iterator[tuple[str, QuantizableLayer]]:
+    """The layers of a model that can hold a QTensor, with their slash-joined paths, in order."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, QuantizableLayer):
+            yield "/".join(map(str, path)), module
+
+
+def weight_of(layer: QuantizableLayer) -> Any:
+    """The array or QTensor that the layer multiplies with, or looks up in."""
+    return layer.embedding[...] if isinstance(layer, nnx.Embed) else layer.kernel[...]
+
+
+def contraction_axes(layer: QuantizableLayer) -> tuple[int, ...]:
+    """The axes of the weight that the layer's product sums over, counted from the end.
+
+    A table of embeddings is read a row at a time and, as a tied head, summed over its width.
+
+    Raises:
+      ValueError: an ``nnx.Einsum`` without an equation of its own, or one that sums over nothing.
+    """
+    match layer:
+        case nnx.Embed():
+            return (-1,)
+        case nnx.Linear():
+            return (-2,)
+        case nnx.LinearGeneral():
+            inputs, outputs = len(layer.in_features), len(layer.out_features)
+            return tuple(range(-inputs - outputs, -outputs))
+        case nnx.Einsum():
+            if layer.einsum_str is None:
+                raise ValueError("this nnx.Einsum gets its equation at each call; give it one")
+            operands, _, result = layer.einsum_str.partition("->")
+            letters = operands.split(",")[1]
+            axes = tuple(i - len(letters) for i, c in enumerate(letters) if c not in result)
+            if not axes:
+                raise ValueError(f"{layer.einsum_str!r} sums over no axis of the kernel")
+            return axes
+
+
+def install(layer: QuantizableLayer, q: QTensor) -> None:
+    """Puts a QTensor where the layer's weight was, and sets the hooks that compute with it.
+
+    Args:
+      layer: a stock layer; changed in place.
+      q: of the shape of the layer's weight, or of the weight's transpose's transpose: the layer's own.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    shape = weight_of(layer).shape
+    if q.shape != shape:
+        raise ValueError(f"a QTensor of shape {q.shape} does not fit a layer's weight {shape}")
+    if isinstance(layer, nnx.Embed):
+        layer.embedding = QuantizedParam(q)
+        layer.promote_dtype = promote_table
+        return
+    layer.kernel = QuantizedParam(q)
+    layer.promote_dtype = promote
+    if isinstance(layer, nnx.Einsum):
+        layer.einsum_op = ops.einsum
+    else:
+        layer.dot_general = ops.dot_general
+
+
+def quantized_layers(model: nnx.Module) -> dict[str, QTensor]:
+    """The QTensors in a model by the path of their layer."""
+    weights = ((path, weight_of(layer)) for path, layer in quantizable_layers(model))
+    return {path: w for path, w in weights if isinstance(w, QTensor)}
+
+
+def promote(args: tuple[Any, ...], *, dtype: Any = None, inexact: bool = True) -> tuple[Any, ...]:
+    """Flax's ``promote_dtype`` for arguments among which a QTensor may be.
+
+    Arrays are cast to ``dtype``, or to the promoted dtype of all; a QTensor counts with its logical
+    dtype and is passed on.
+    """
+    given = [a for a in args if a is not None]
+    target = dtype or jnp.result_type(*(a.dtype for a in given))
+    if inexact and not jnp.issubdtype(target, jnp.inexact):
+        target = jnp.promote_types(jnp.float32, target)
+    return tuple(
+        a if a is None or isinstance(a, QTensor) else jnp.asarray(a, target) for a in args
+    )
+
+
+def promote_table(
+    args: tuple[Any, ...], *, dtype: Any = None, inexact: bool = True
+) -> tuple[Any, ...]:
+    """The hook for ``nnx.Embed``, which takes rows of what this returns: a dequantized table.
+
+    Under jit the table is not written out: XLA moves the lookup before the arithmetic. Code that
+    may call :func:`qjax.take` itself does better outside jit too.
+    """
+    plain = tuple(qtensor.dequantize(a) if isinstance(a, QTensor) else a for a in args)
+    return promote(plain, dtype=dtype, inexact=inexact)

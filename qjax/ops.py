@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with quantized weights: the one door to the kernels.
+
+How a product ``x . w`` is computed, for a weight that is a QTensor:
+
+=================  ==========================  =====================================================
+weights            activations                 XLA form
+=================  ==========================  =====================================================
+one scale for all  as they are                 ``dot(x, codes) * scale``: the codes go into the dot
+that is summed                                 as they are, nothing dequantized is written out
+over               int8 or int4 per token      ``dot(codes, codes) -> int32``, times both scales
+                   e4m3 per token              ``dot(codes, codes) -> float32``, times both scales
+groups or blocks   as they are                 ``dot(x, dequantize(w))``
+                   per token                   ``dot(codes, dequantize(w)) * scale``
+any                in groups (fp8-block, mx)   ``dot(dequantize(x), dequantize(w))``
+=================  ==========================  =====================================================
+
+Accumulation is float32 or int32 whatever the operands are, and the result is rounded once, to
+``preferred_element_type`` or the promoted dtype. The dot of two integers always asks for an int32
+result: asking for int8 sends XLA on a GPU into a scalar loop (openxla/xla issue 7117).
+"""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Integer, Shaped
+
+from qjax import activations, qtensor, tiles
+from qjax.qtensor import QTensor
+
+Implementation = Literal["auto", "xla", "pallas"]
+DimensionNumbers = tuple[Any, Any]  # ((x contracting, w contracting), (x batch, w batch))
+
+
+def matmul(
+    x: Float[Array, "*batch k"],
+    w: Float[Array, "k n"] | QTensor,
+    *,
+    preferred_element_type: Any = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "*batch n"]:
+    """``x @ w`` with a plain or quantized matrix.
+
+    Args:
+      x: activations.
+      w: ``[k, n]``.
+      preferred_element_type: dtype of the result; the promoted dtype of both if None.
+      implementation: see :func:`dot_general`.
+
+    Returns:
+      The product, accumulated in float32 or int32.
+
+    Raises:
+      ValueError: the shapes do not go together.
+
+    Example:
+      >>> import qjax
+      >>> w = jnp.eye(4)
+      >>> qjax.matmul(jnp.ones((2, 4)), qjax.quantize(w, "w8a16-channel")).shape
+      (2, 4)
+    """
+    if w.ndim != 2 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"matmul of {x.shape} and {w.shape}: need [..., k] and [k, n]")
+    return dot_general(
+        x,
+        w,
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=preferred_element_type,
+        implementation=implementation,
+    )
+
+
+def dot_general(
+    x: Shaped[Array, "..."],
+    w: Shaped[Array, "..."] | QTensor,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
+    implementation: Implementation = "auto",
+) -> Shaped[Array, "..."]:
+    """``jax.lax.dot_general`` whose second operand may be quantized; the hook for Flax layers.
+
+    Args:
+      x: activations.
+      w: weight.
+      dimension_numbers: ``((x contracting, w contracting), (x batch, w batch))``.
+      precision: of a floating-point dot, as in ``jax.lax``.
+      preferred_element_type: dtype of the result; the promoted dtype of both if None.
+      out_sharding: as in ``jax.lax``; for plain weights only.
+      implementation: ``"xla"``; ``"pallas"`` for a hand-written kernel; ``"auto"`` for the fastest
+        that fits, today always XLA.
+
+    Returns:
+      Batch axes, then the free axes of ``x``, then those of ``w``. Gradients flow to ``x`` (straight
+      through its rounding) and to the scales.
+
+    Raises:
+      NotImplementedError: ``"pallas"``, while there is no kernel for the product.
+      ValueError: activations are to be quantized, but the weight was not quantized along the axes
+        that this product sums over.
+    """
+    if implementation == "pallas":
+        raise NotImplementedError(
+            f"no Pallas kernel takes {x.dtype}{list(x.shape)} x {_describe(w)}: use 'auto' or 'xla'"
+        )
+    dtype = preferred_element_type or jnp.promote_types(x.dtype, w.dtype)
+    if not isinstance(w, QTensor):
+        return _plain(x, w, dimension_numbers, precision, dtype, out_sharding)
+    if out_sharding is not None:
+        raise NotImplementedError("out_sharding with a QTensor: constrain the result instead")
+    numbers = _normalized(dimension_numbers, x.ndim, w.ndim)
+    if w.activations is not None:
+        if not _sums_over_quantized_axes(w, numbers):
+            raise ValueError(
+                f"{_describe(w)} was quantized for products over its axes {w.axis}; this one sums "
+                f"over {numbers[0][1]}, so its activations cannot be quantized to match"
+            )
+        return _both_quantized(x, w, numbers, precision).astype(dtype)
+    return _weight_only(x, w, numbers, precision).astype(dtype)
+
+
+def einsum(
+    subscripts: str,
+    x: Shaped[Array, "..."],
+    w: Shaped[Array, "..."] | QTensor,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    implementation: Implementation = "auto",
+) -> Shaped[Array, "..."]:
+    """``jnp.einsum`` of two operands, the second plain or quantized.
+
+    Args:
+      subscripts: explicit, such as ``"btd,dhk->bthk"``; an ellipsis may stand in ``x`` and the result.
+      x: activations.
+      w: weight.
+      precision: see :func:`dot_general`.
+      preferred_element_type: see :func:`dot_general`.
+      out_sharding: see :func:`dot_general`.
+      implementation: see :func:`dot_general`.
+
+    Raises:
+      ValueError: not two operands, a repeated letter, or a letter that is summed in one operand alone.
+
+    Example:
+      >>> einsum("...d,dhk->...hk", jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
+      (5, 3, 4)
+    """
+    x_letters, w_letters, result = _letters(subscripts, x.ndim, w.ndim)
+    shared = [c for c in x_letters if c in w_letters]
+    batch = [c for c in shared if c in result]
+    summed = [c for c in w_letters if c in shared and c not in result]
+    numbers = tuple(
+        (tuple(map(x_letters.index, group)), tuple(map(w_letters.index, group)))
+        for group in (summed, batch)
+    )
+    y = dot_general(
+        x,
+        w,
+        numbers,
+        precision,
+        preferred_element_type,
+        out_sharding=out_sharding,
+        implementation=implementation,
+    )
+    given = batch + [c for c in x_letters + w_letters if c not in shared]
+    return jnp.transpose(y, [given.index(c) for c in result])
+
+
+def take(
+    table: Float[Array, "v d"] | QTensor, ids: Integer[Array, "*ids"]
+) -> Float[Array, "*ids d"]:
+    """Rows of an embedding table; of a quantized one, only the rows asked for are dequantized.
+
+    >>> take(jnp.arange(6.0).reshape(3, 2), jnp.array([2])).tolist()
+    [[4.0, 5.0]]
+    """
+    if not isinstance(table, QTensor):
+        return jnp.take(table, ids, axis=0)
+    tile_rows, tile_columns = table.tile
+    tile_ids = ids // tile_rows
+
+    def rows(per_tile):
+        return None if per_tile is None else jnp.take(per_tile, tile_ids, axis=0)
+
+    return qtensor.dequantize(
+        QTensor(
+            codes=jnp.take(table.codes, ids, axis=0),
+            scale=rows(table.scale),
+            zero=rows(table.zero),
+            tensor_scale=table.tensor_scale,
+            format=table.format,
+            axis=(-1,),
+            tile=(1,) * ids.ndim + (tile_columns,),
+            shape=(*ids.shape, table.shape[-1]),
+            dtype=table.dtype,
+        )
+    )
+
+
+def _plain(x, w, numbers, precision, dtype, out_sharding):
+    # A bf16 result is asked for in float32 and rounded: on a CPU XLA's bf16 matrix-vector product is
+    # 20 times slower (jax 0.10.2), on a GPU the rounding is fused.
+    low = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+    y = lax.dot_general(
+        x,
+        w,
+        numbers,
+        precision=precision,
+        preferred_element_type=jnp.float32 if low else dtype,
+        **({} if out_sharding is None else {"out_sharding": out_sharding}),
+    )
+    return y.astype(dtype)
+
+
+def _weight_only(x, w: QTensor, numbers, precision) -> Float[Array, "..."]:
+    if not (w.scaled_per_contraction and _sums_over_quantized_axes(w, numbers)):
+        return _float_dot(x, qtensor.dequantize(w, x.dtype), numbers, precision)
+    # codes - zero is a whole number below 256, or an 8-bit float: exact in x's dtype.
+    y = _float_dot(x, qtensor.centred(w).astype(x.dtype), numbers, precision)
+    return y * _beside_result(_free_scales(w), x.ndim, numbers)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _both_quantized(x, w: QTensor, numbers, precision) -> Float[Array, "..."]:
+    assert w.activations is not None
+    quantized = activations.quantize(x, w.activations, numbers[0][0])
+    if quantized.group_size is not None:
+        near = activations.dequantize(quantized).astype(x.dtype)
+        return _float_dot(near, qtensor.dequantize(w, x.dtype), numbers, precision)
+    token_scale = _token_scale(quantized.scale, w.ndim, numbers)
+    if not w.scaled_per_contraction:
+        codes = quantized.codes.astype(x.dtype)
+        y = _float_dot(codes, qtensor.dequantize(w, x.dtype), numbers, precision)
+        return y * token_scale
+    integers = quantized.format.kind == "integer"
+    y = lax.dot_general(
+        quantized.codes,
+        qtensor.unpacked(w),
+        numbers,
+        preferred_element_type=jnp.int32 if integers else jnp.float32,
+    )
+    scale = _beside_result(_free_scales(w), x.ndim, numbers)
+    return y.astype(jnp.float32) * token_scale * scale
+
+
+def _both_quantized_forward(x, w, numbers, precision):
+    return _both_quantized(x, w, numbers, precision), (x, w)
+
+
+def _both_quantized_backward(numbers, precision, saved, cotangent):
+    """Straight through the rounding of ``x``: the gradient of the weight-only product."""
+    x, w = saved
+    _, pullback = jax.vjp(lambda x, w: _weight_only(x, w, numbers, precision), x, w)
+    return pullback(cotangent)
+
+
+_both_quantized.defvjp(_both_quantized_forward, _both_quantized_backward)
+
+
+def _float_dot(x, w, numbers, precision) -> Float[Array, "..."]:
+    return lax.dot_general(
+        x, w, numbers, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _free_scales(w: QTensor) -> Float[Array, "..."]:
+    """Scales in the weight's own axes, length 1 where they do not vary."""
+    return tiles.spread(qtensor.scales(w), w.tile, w.shape)
+
+
+def _beside_result(scale, x_ndim: int, numbers) -> Float[Array, "..."]:
+    """Moves a weight's scales to where its axes stand in the result: batch, x free, w free."""
+    (_, contracting), (_, batch) = numbers
+    free = [i for i in range(scale.ndim) if i not in contracting and i not in batch]
+    scale = lax.transpose(scale, (*batch, *free, *contracting))
+    x_free = x_ndim - len(contracting) - len(batch)
+    lengths = scale.shape
+    return scale.reshape(
+        *lengths[: len(batch)], *(1,) * x_free, *lengths[len(batch) : len(batch) + len(free)]
+    )
+
+
+def _token_scale(scale, w_ndim: int, numbers) -> Float[Array, "..."]:
+    """Moves a token's scale to where it stands in the result: batch, x free, then ones."""
+    (contracting, _), (batch, _) = numbers
+    free = [i for i in range(scale.ndim) if i not in contracting and i not in batch]
+    scale = lax.transpose(scale, (*batch, *free, *contracting))
+    w_free = w_ndim - len(contracting) - len(batch)
+    return scale.reshape(*scale.shape[: len(batch) + len(free)], *(1,) * w_free)
+
+
+def _normalized(numbers: DimensionNumbers, x_ndim: int, w_ndim: int) -> DimensionNumbers:
+    """Dimension numbers as hashable tuples of non-negative axes."""
+    return tuple(
+        tuple(
+            tuple(int(a) % ndim for a in axes)
+            for axes, ndim in zip(pair, (x_ndim, w_ndim), strict=True)
+        )
+        for pair in numbers
+    )
+
+
+def _sums_over_quantized_axes(w: QTensor, numbers: DimensionNumbers) -> bool:
+    return {a % w.ndim for a in w.axis} == set(numbers[0][1])
+
+
+def _letters(subscripts: str, x_ndim: int, w_ndim: int) -> tuple[list[str], list[str], list[str]]:
+    """The axes of both operands and the result, one name each; an ellipsis becomes digits."""
+    operands, arrow, result = subscripts.replace(" ", "").partition("->")
+    parts = operands.split(",")
+    if not arrow or len(parts) != 2:
+        raise ValueError(f"einsum {subscripts!r}: need two operands and '->'")
+    if "..." in parts[1]:
+        raise ValueError(f"einsum {subscripts!r}: an ellipsis may stand in the first operand only")
+    hidden = [str(i) for i in range(x_ndim - len(parts[0].replace("...", "")))]
+    x, w, y = (
+        [c for piece in part.replace("...", "|").replace("|", " | ").split(" ") if piece
+         for c in (hidden if piece == "|" else piece)]
+        for part in (*parts, result)
+    )  # fmt: skip
+    if len(x) != x_ndim or len(w) != w_ndim:
+        raise ValueError(f"einsum {subscripts!r}: operands have {x_ndim} and {w_ndim} axes")
+    if any(len(set(names)) != len(names) for names in (x, w, y)):
+        raise ValueError(f"einsum {subscripts!r}: a letter stands twice in one operand")
+    if {c for c in x + w if c not in y} - (set(x) & set(w)) or set(y) - set(x + w):
+        raise ValueError(f"einsum {subscripts!r}: a summed letter must stand in both operands")
+    return x, w, y
+
+
+def _describe(w: Any) -> str:
+    name = w.format.name if isinstance(w, QTensor) else str(w.dtype)
+    return f"{name}{list(w.shape)}"

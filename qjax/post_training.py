@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Post-training quantization of a whole model: finds the weights, asks the recipe, calls an algorithm."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qjax import nnx_layers, qtensor
+from qjax.algorithms import round_nearest
+from qjax.qtensor import QTensor
+from qjax.ranges import RangeSearch
+from qjax.report import LayerReport, QuantizationReport
+from qjax.scheme import Recipe, Scheme
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def quantize_model(
+    model: Model,
+    recipe: str | Recipe,
+    *,
+    search: RangeSearch = RangeSearch(),  # noqa: B008  frozen
+    on_layer: Callable[[str], None] = lambda path: None,
+) -> tuple[Model, QuantizationReport]:
+    """Quantizes the weights of a Flax NNX model by rounding to nearest.
+
+    Stock ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum`` and ``nnx.Embed`` layers are reached;
+    norms, embeddings and the output head only if a rule names them (:class:`qjax.Recipe`).
+
+    Args:
+      model: left as it is; its arrays are shared with the result where they stay unquantized.
+      recipe: which layers are held how; a scheme's name means that scheme everywhere.
+      search: how the range of each tile is chosen.
+      on_layer: called with the path of each layer before it is quantized; for progress bars.
+
+    Returns:
+      The quantized model and the report of every layer.
+
+    Raises:
+      ValueError: no layer is quantized at all, a layer's weight holds NaN or a group size does not
+        divide it, or a layer is quantized already; the message begins with the layer's path.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.Linear(256, 64, rngs=nnx.Rngs(0))
+      >>> quantized, report = quantize_model(nnx.Sequential(model), "w4a16-g128")
+      >>> report.layers[0].path, report.layers[0].bytes_after
+      ('layers/0', 9216)
+    """
+    recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
+    result = nnx.merge(*nnx.split(model))
+    layers = list(nnx_layers.quantizable_layers(result))
+    deciding = {path: recipe.rule_for(path) for path, _ in layers}
+    if not any(rule and rule.scheme for rule in deciding.values()):
+        raise ValueError(_nothing_matches(recipe, [path for path, _ in layers]))
+    reports = []
+    for path, layer in layers:
+        rule = deciding[path]
+        if rule is None or rule.scheme is None:
+            reason = "no rule names it" if rule is None else f"rule {rule.pattern!r} says so"
+            reports.append(_left_alone(path, layer, reason))
+            continue
+        on_layer(path)
+        reports.append(_quantize_layer(path, layer, rule.scheme, search))
+    used = {id(rule) for rule in deciding.values()}
+    unmatched = tuple(rule.pattern for rule in recipe.rules if id(rule) not in used)
+    return result, QuantizationReport(layers=tuple(reports), unmatched_rules=unmatched)
+
+
+def _quantize_layer(
+    path: str, layer: nnx_layers.QuantizableLayer, scheme: Scheme, search: RangeSearch
+) -> LayerReport:
+    start = time.perf_counter()
+    w = nnx_layers.weight_of(layer)
+    if isinstance(w, QTensor):
+        raise ValueError(f"{path}: already quantized to {w.format.name}; start from the original")
+    try:
+        axis = nnx_layers.contraction_axes(layer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    q = round_nearest.quantize(w, scheme, axis=axis, search=search, name=path)
+    error = float(_relative_error(w, q))
+    nnx_layers.install(layer, q)
+    return LayerReport(
+        path=path,
+        scheme=scheme.name,
+        method="rtn",
+        shape=tuple(w.shape),
+        relative_output_error=error,
+        bytes_before=w.nbytes,
+        bytes_after=q.nbytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _left_alone(path: str, layer: nnx_layers.QuantizableLayer, reason: str) -> LayerReport:
+    w = nnx_layers.weight_of(layer)
+    return LayerReport(
+        path=path,
+        scheme=None,
+        method=None,
+        shape=tuple(w.shape),
+        relative_output_error=None,
+        bytes_before=w.nbytes,
+        bytes_after=w.nbytes,
+        seconds=0.0,
+        reason=reason,
+    )
+
+
+@jax.jit
+def _relative_error(w: Float[Array, "..."], q: QTensor) -> Float[Array, ""]:
+    w = w.astype(jnp.float32)
+    wrong = jnp.linalg.norm(qtensor.dequantize(q, jnp.float32) - w)
+    return wrong / jnp.maximum(jnp.linalg.norm(w), jnp.finfo(jnp.float32).tiny)
+
+
+def _nothing_matches(recipe: Recipe, paths: list[str]) -> str:
+    if not paths:
+        return "the model has no nnx.Linear, nnx.LinearGeneral, nnx.Einsum or nnx.Embed layer"
+    patterns = ", ".join(repr(rule.pattern) for rule in recipe.rules)
+    return f"no rule ({patterns}) quantizes a layer; paths look like {', '.join(paths[:3])}"

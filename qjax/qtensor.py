@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QTensor: an array held in few bits, as a value that JAX knows.
+
+    w  ~  (codes - zero) * scale            (* tensor_scale, where the scales are themselves e4m3)
+
+One scale serves one *tile*. The tile has a length for each axis: ``(128, 1)`` on an ``[in, out]``
+kernel is a group of 128 along the contraction, ``(in, 1)`` one scale an output channel, ``(in, out)``
+one for the tensor, ``(128, 128)`` a block.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from pallas_kernels import packing
+from qjax import formats, tiles
+from qjax.formats import Format
+from qjax.scheme import ActivationScheme
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class QTensor:
+    """An array in few bits: codes and scales as leaves, everything else static.
+
+    It passes through jit, scan, vmap, grad, eval_shape, shard_map, tree.map and checkpoints like a
+    dict of arrays would. Axes stacked in front of the leaves (scanned layers, vmap) are leading axes
+    of the logical array too.
+
+    Attributes:
+      codes: as stored: uint8 with formats below 8 bits packed along the last axis
+        (:mod:`pallas_kernels.packing`), else int8 or an 8-bit float.
+      scale: one entry a tile; the logical dtype, or float8_e8m0fnu (mx), or float8_e4m3fn (nvfp4).
+      zero: int8, one entry a tile; None when symmetric.
+      tensor_scale: float32 scalar over e4m3 scales; else None.
+      format: what the codes mean.
+      axis: the contraction axes, counted from the end.
+      tile: tile length for each logical axis.
+      activations: how the other operand of a product is quantized; None leaves it as it is.
+    """
+
+    __slots__ = (
+        "_dtype", "_shape", "activations", "axis", "codes", "format", "scale", "tensor_scale",
+        "tile", "zero",
+    )  # fmt: skip
+
+    # The leaves are Any on purpose: under transformations JAX puts tracers, shapes or plain
+    # objects in their place.
+    codes: Any
+    scale: Any
+    zero: Any
+    tensor_scale: Any
+    format: Format
+    axis: tuple[int, ...]
+    tile: tuple[int, ...]
+    activations: ActivationScheme | None
+
+    def __init__(
+        self,
+        *,
+        codes: Any,
+        scale: Any,
+        zero: Any = None,
+        tensor_scale: Any = None,
+        format: Format,
+        axis: tuple[int, ...],
+        tile: tuple[int, ...],
+        shape: tuple[int, ...],
+        dtype: Any,
+        activations: ActivationScheme | None = None,
+    ):
+        """Holds codes that are already stored (packed); :meth:`from_codes` takes plain ones.
+
+        Args:
+          codes: as stored; nothing is checked, for JAX rebuilds QTensors around its own leaves.
+          scale: one entry a tile.
+          zero: one entry a tile, or None.
+          tensor_scale: scalar, or None.
+          format: what the codes mean.
+          axis: contraction axes, counted from the end.
+          tile: tile length for each axis of ``shape``.
+          shape: logical shape without stacked leading axes.
+          dtype: logical dtype: what :func:`dequantize` gives.
+          activations: how the other operand of a product is quantized.
+        """
+        self.codes, self.scale, self.zero, self.tensor_scale = codes, scale, zero, tensor_scale
+        self.format, self.axis, self.tile, self.activations = format, axis, tile, activations
+        self._shape, self._dtype = tuple(shape), jnp.dtype(dtype)
+
+    @staticmethod
+    def from_codes(
+        codes: Shaped[Array, "..."],
+        scale: Shaped[Array, "..."],
+        zero: Shaped[Array, "..."] | None = None,
+        tensor_scale: Float[Array, ""] | None = None,
+        *,
+        format: Format,
+        axis: tuple[int, ...],
+        tile: tuple[int, ...],
+        dtype: Any,
+        activations: ActivationScheme | None = None,
+    ) -> "QTensor":
+        """Stores plain codes, packing them where the format is below 8 bits.
+
+        Args:
+          codes: logical shape; int8 (integers, or indices of a codebook) or an 8-bit float.
+          scale: ``ceil(shape / tile)`` entries.
+          zero: the same shape, int8; None when symmetric.
+          tensor_scale: scalar over e4m3 scales, else None.
+          format: what the codes mean.
+          axis: contraction axes.
+          tile: tile length for each axis.
+          dtype: logical dtype.
+          activations: how the other operand of a product is quantized.
+
+        Raises:
+          ValueError: scale or zero do not have one entry a tile.
+        """
+        expected = tiles.counts(codes.shape, tile)
+        for name, array in (("scale", scale), ("zero", zero)):
+            if array is not None and array.shape != expected:
+                raise ValueError(
+                    f"{name} has shape {array.shape}; codes {codes.shape} in tiles {tile} "
+                    f"need {expected}"
+                )
+        stored = packing.pack(codes, format.bits) if format.packed else codes
+        return QTensor(
+            codes=stored,
+            scale=scale,
+            zero=zero,
+            tensor_scale=tensor_scale,
+            format=format,
+            axis=tuple(a if a < 0 else a - codes.ndim for a in axis),
+            tile=tuple(tile),
+            shape=codes.shape,
+            dtype=dtype,
+            activations=activations,
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logical array, stacked leading axes included."""
+        return tuple(self.codes.shape[: len(self.codes.shape) - len(self._shape)]) + self._shape
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the logical array."""
+        return self._dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the logical array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the logical array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the device holds: codes, scales, zeros."""
+        return sum(
+            math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self)
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits an element, scales and zeros included."""
+        return 8 * self.nbytes / self.size
+
+    @property
+    def group_size(self) -> int | None:
+        """Elements of the last contraction axis that share a scale; None when all of them do."""
+        length, tile = self._shape[self.axis[-1]], self.tile[self.axis[-1]]
+        return None if tile >= length else tile
+
+    @property
+    def scaled_per_contraction(self) -> bool:
+        """Whether one scale covers everything that a product sums over."""
+        return all(self.tile[a] >= self._shape[a] for a in self.axis)
+
+    def __getitem__(self, index: Any) -> "QTensor":
+        """``q[...]`` is ``q``: Flax reads its parameters so. No other index is possible."""
+        if index is Ellipsis:
+            return self
+        raise TypeError(f"a QTensor can only be read whole, q[...]; got index {index!r}")
+
+    def __repr__(self) -> str:
+        """Format, logical shape and tile."""
+        return f"QTensor({self.format.name}, shape={self.shape}, tile={self.tile})"
+
+    def tree_flatten_with_keys(self):
+        """Leaves with their names, and everything static."""
+        names = ("codes", "scale", "zero", "tensor_scale")
+        leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
+        return leaves, (
+            self.format, self.axis, self.tile, self._shape, self._dtype, self.activations,
+        )  # fmt: skip
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        """Inverse of :meth:`tree_flatten_with_keys`; takes any leaves."""
+        codes, scale, zero, tensor_scale = leaves
+        format, axis, tile, shape, dtype, activations = static
+        return cls(
+            codes=codes, scale=scale, zero=zero, tensor_scale=tensor_scale, format=format,
+            axis=axis, tile=tile, shape=shape, dtype=dtype, activations=activations,
+        )  # fmt: skip
+
+
+def unpacked(q: QTensor) -> Shaped[Array, "..."]:
+    """The codes in the logical shape: int8, or an 8-bit float."""
+    if not q.format.packed:
+        return q.codes
+    return packing.unpack(q.codes, q.format.bits, q.shape[-1], signed=q.format.signed)
+
+
+def centred(q: QTensor) -> Float[Array, "..."]:
+    """``codes - zero`` as float32 values; exact in bfloat16 too for every format."""
+    values = formats.decode(unpacked(q), q.format)
+    if q.zero is None:
+        return values
+    return values - tiles.spread(q.zero, q.tile, _tiled_shape(q)).astype(jnp.float32)
+
+
+def scales(q: QTensor) -> Float[Array, "..."]:
+    """The float32 factor of each tile: ``scale * tensor_scale``."""
+    factor = q.scale.astype(jnp.float32)
+    if q.tensor_scale is None:
+        return factor
+    return factor * q.tensor_scale.reshape(q.tensor_scale.shape + (1,) * len(q.tile))
+
+
+def dequantize(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
+    """The array that the codes stand for: ``(codes - zero) * scale``.
+
+    Args:
+      q: the quantized array.
+      dtype: of the result; the logical dtype if None. The product is taken in float32 and rounded
+        once.
+
+    Example:
+      >>> codes = jnp.array([[1, -2], [3, 4]], jnp.int8)
+      >>> q = QTensor.from_codes(codes, jnp.array([[0.5, 2.0]]), format=formats.INT4, axis=(-2,),
+      ...                        tile=(2, 1), dtype=jnp.float32)
+      >>> dequantize(q).tolist()
+      [[0.5, -4.0], [1.5, 8.0]]
+    """
+    factor = tiles.spread(scales(q), q.tile, _tiled_shape(q))
+    return (centred(q) * factor).astype(q.dtype if dtype is None else dtype)
+
+
+def _tiled_shape(q: QTensor) -> tuple[int, ...]:
+    return q.shape[q.ndim - len(q.tile) :]

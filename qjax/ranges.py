@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a range of values to the scale and zero that a tile is stored with.
+
+A range is a pair (low, high) a tile that its codes shall reach. Absmax takes the true extremes; the
+percentile cuts outliers off; the MSE search shrinks the extremes step by step and keeps what rounds
+with the least error.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from qjax import formats, tiles
+from qjax.formats import Format
+from qjax.scheme import WeightScheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeSearch:
+    """How the range of a tile is chosen.
+
+    Attributes:
+      method: see the module's docstring.
+      percentile: percent of a tile's magnitudes inside the range; percentile method only.
+      steps: candidates of the MSE search, from the full range down.
+      max_shrink: share of the range that the last candidate gives up.
+      norm: exponent of the error. The defaults of the search are those of the GPTQ code (Frantar et
+        al., 2023): 100 candidates, 0.8, 2.4.
+    """
+
+    method: Literal["absmax", "percentile", "mse"] = "absmax"
+    percentile: float = 99.9
+    steps: int = 100
+    max_shrink: float = 0.8
+    norm: float = 2.4
+
+    def __post_init__(self):  # noqa: D105
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"a percentile lies in (0, 100], got {self.percentile=}")
+        if self.steps < 1 or not 0 <= self.max_shrink < 1:
+            raise ValueError(
+                f"need steps >= 1 and max_shrink in [0, 1), got {self.steps=} {self.max_shrink=}"
+            )
+
+
+class Grid(NamedTuple):
+    """Where the codes of each tile lie: ``w ~ (codes - zero) * scale * tensor_scale``."""
+
+    scale: Any
+    zero: Any
+    tensor_scale: Any
+
+    @property
+    def step(self) -> Float[Array, "..."]:
+        """The float32 factor of a tile."""
+        step = self.scale.astype(jnp.float32)
+        return step if self.tensor_scale is None else step * self.tensor_scale
+
+
+def find_grid(
+    w: Float[Array, "..."], scheme: WeightScheme, tile: tuple[int, ...], search: RangeSearch
+) -> Grid:
+    """Chooses the scale and zero of each tile.
+
+    Args:
+      w: the weight; infinities do not count towards a range, they saturate.
+      scheme: format, symmetry and how scales are stored.
+      tile: tile length for each axis.
+      search: how the range is chosen.
+
+    Returns:
+      One entry a tile.
+    """
+    low, high = _extremes(w, scheme, tile, search)
+    if search.method == "mse":
+        low, high = _least_error(w, scheme, tile, search, low, high)
+    return _grid(low, high, scheme, w.dtype)
+
+
+def encode(
+    w: Float[Array, "..."], grid: Grid, fmt: Format, tile: tuple[int, ...]
+) -> Shaped[Array, "..."]:
+    """Plain codes of an array on a grid: ``round(w / step + zero)``, saturated."""
+    position = w.astype(jnp.float32) / tiles.spread(grid.step, tile, w.shape)
+    if grid.zero is not None:
+        position = position + tiles.spread(grid.zero, tile, w.shape).astype(jnp.float32)
+    return formats.encode(position, fmt)
+
+
+def symmetric_scale(
+    absmax: Float[Array, "..."], fmt: Format, scale_format: str, dtype: Any = jnp.float32
+) -> Float[Array, "..."]:
+    """The scale, as stored, under which ``absmax`` meets the end of the format's range.
+
+    A tile of zeros, or one so small that its scale would round to zero, gets scale one.
+
+    Args:
+      absmax: largest magnitude of each tile.
+      fmt: format of the codes.
+      scale_format: ``"float"`` stores in ``dtype``; ``"e8m0"`` as a power of two; ``"e4m3"`` as such.
+      dtype: of float scales.
+    """
+    if scale_format == "e8m0":
+        return _power_of_two(absmax, fmt)
+    scale = absmax / fmt.symmetric_divisor
+    if scale_format == "e4m3":
+        scale = jnp.minimum(scale, formats.E4M3.high)
+    scale = scale.astype(jnp.float8_e4m3fn if scale_format == "e4m3" else dtype)
+    return jnp.where(scale == 0, jnp.ones_like(scale), scale)
+
+
+def _grid(
+    low: Float[Array, "..."], high: Float[Array, "..."], scheme: WeightScheme, dtype: Any
+) -> Grid:
+    fmt = scheme.format
+    if not scheme.symmetric:
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)  # zero itself must have a code
+        scale = ((high - low) / (fmt.high - fmt.low)).astype(dtype)
+        scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
+        zero = jnp.round(fmt.low - low / scale.astype(jnp.float32))
+        return Grid(scale, jnp.clip(zero, fmt.low, fmt.high).astype(jnp.int8), None)
+    absmax = jnp.maximum(-low, high)
+    if scheme.scale_format != "e4m3":
+        return Grid(symmetric_scale(absmax, fmt, scheme.scale_format, dtype), None, None)
+    # The tensor scale puts the largest tile's scale at the top of e4m3 (NVFP4: 448 * 6).
+    tensor_scale = jnp.max(absmax) / (fmt.symmetric_divisor * formats.E4M3.high)
+    tensor_scale = jnp.where(tensor_scale == 0, 1.0, tensor_scale)
+    return Grid(symmetric_scale(absmax / tensor_scale, fmt, "e4m3"), None, tensor_scale)
+
+
+def _power_of_two(absmax: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+    """OCP microscaling: ``2 ** (floor(log2(absmax)) - emax)``, one more where saturation would cost.
+
+    ``emax`` is the exponent of the format's largest value. Between that value and the power of two
+    above it, saturating is the nearest rounding up to the midpoint; beyond, the next scale is better.
+    """
+    top_exponent = jnp.floor(jnp.log2(fmt.high))
+    midpoint = (fmt.high + 2.0 ** (top_exponent + 1)) / 2
+    mantissa, exponent = jnp.frexp(absmax)  # absmax = mantissa * 2**exponent, mantissa in [0.5, 1)
+    exponent = exponent - 1 + (mantissa * 2.0 ** (top_exponent + 1) > midpoint)
+    exponent = jnp.clip(exponent - top_exponent, -127, 127)  # what e8m0 can hold
+    scale = jnp.where(absmax == 0, 1.0, jnp.ldexp(jnp.float32(1), exponent.astype(jnp.int32)))
+    return scale.astype(jnp.float8_e8m0fnu)
+
+
+def _extremes(
+    w: Float[Array, "..."], scheme: WeightScheme, tile: tuple[int, ...], search: RangeSearch
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    finite = jnp.where(jnp.isfinite(w), w, 0).astype(jnp.float32)
+    inner = tiles.inner_axes(tile)
+    if search.method == "percentile":
+        # A ragged tile's filling must not count as small magnitudes.
+        split = tiles.split(finite, tile, fill=jnp.nan)
+        if scheme.symmetric:
+            bound = jnp.nanpercentile(jnp.abs(split), search.percentile, axis=inner)
+            return -bound, bound
+        tail = (100 - search.percentile) / 2
+        return (
+            jnp.nanpercentile(split, tail, axis=inner),
+            jnp.nanpercentile(split, 100 - tail, axis=inner),
+        )
+    split = tiles.split(finite, tile)
+    if scheme.symmetric:
+        absmax = jnp.max(jnp.abs(split), axis=inner)
+        return -absmax, absmax
+    return jnp.min(split, axis=inner), jnp.max(split, axis=inner)
+
+
+def _least_error(
+    w: Float[Array, "..."],
+    scheme: WeightScheme,
+    tile: tuple[int, ...],
+    search: RangeSearch,
+    low: Float[Array, "..."],
+    high: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Shrinks the range of each tile to the candidate of least ``sum |w - dequantized|**norm``."""
+
+    def error(shrink):
+        grid = _grid(low * shrink, high * shrink, scheme, w.dtype)
+        values = formats.decode(encode(w, grid, scheme.format, tile), scheme.format)
+        if grid.zero is not None:
+            values = values - tiles.spread(grid.zero, tile, w.shape).astype(jnp.float32)
+        wrong = jnp.abs(values * tiles.spread(grid.step, tile, w.shape) - w.astype(jnp.float32))
+        wrong = jnp.where(jnp.isfinite(w), wrong, 0.0)
+        return jnp.sum(tiles.split(wrong**search.norm, tile), axis=tiles.inner_axes(tile))
+
+    def keep_better(i, best):
+        best_error, best_shrink = best
+        shrink = 1.0 - search.max_shrink * i / search.steps
+        this = error(shrink)
+        better = this < best_error
+        return jnp.where(better, this, best_error), jnp.where(better, shrink, best_shrink)
+
+    start = error(1.0), jnp.ones_like(low)
+    _, shrink = jax.lax.fori_loop(1, search.steps, keep_better, start)
+    return low * shrink, high * shrink

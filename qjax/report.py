@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantizing a model did, layer by layer, as a value and as JSON."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What happened to one layer.
+
+    Attributes:
+      path: slash-joined path of the layer.
+      scheme: name of its scheme; None when it was left as it is.
+      method: algorithm that quantized it; None when none did.
+      shape: of the weight.
+      relative_output_error: ``|x w - x w'| / |x w|`` in expectation over white inputs ``x``, which is
+        ``|w - w'| / |w|``; None when the layer was left as it is.
+      bytes_before: of the weight as it was.
+      bytes_after: of what stands in its place.
+      seconds: spent on it.
+      reason: why it was left as it is; empty otherwise.
+    """
+
+    path: str
+    scheme: str | None
+    method: str | None
+    shape: tuple[int, ...]
+    relative_output_error: float | None
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """What quantizing a model did.
+
+    Attributes:
+      layers: one entry for each layer that could hold a QTensor.
+      unmatched_rules: patterns that decided for no layer.
+    """
+
+    layers: tuple[LayerReport, ...]
+    unmatched_rules: tuple[str, ...]
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The layers that hold a QTensor now."""
+        return tuple(layer for layer in self.layers if layer.scheme is not None)
+
+    @property
+    def unquantized(self) -> tuple[LayerReport, ...]:
+        """The layers that were left as they are."""
+        return tuple(layer for layer in self.layers if layer.scheme is None)
+
+    def warnings(self) -> list[str]:
+        """One line for each thing a user should know: rules without layers, layers left alone."""
+        rules = [f"rule {pattern!r} decided for no layer" for pattern in self.unmatched_rules]
+        return rules + [f"{layer.path} stays as it is: {layer.reason}" for layer in self.unquantized]
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain JSON types, totals included."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "unmatched_rules": list(self.unmatched_rules),
+            "totals": {
+                "layers": len(self.layers),
+                "quantized": len(self.quantized),
+                "bytes_before": sum(layer.bytes_before for layer in self.layers),
+                "bytes_after": sum(layer.bytes_after for layer in self.layers),
+                "seconds": sum(layer.seconds for layer in self.layers),
+            },
+        }
+
+    def dumps(self) -> str:
+        """The report as indented JSON text."""
+        return json.dumps(self.as_json(), indent=2)

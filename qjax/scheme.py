@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a layer is held and multiplied, and which layers of a model are held how.
+
+A :class:`Scheme` has a name that says it all, ``w4a16-g128-asym``; :meth:`Scheme.parse` reads it. A
+:class:`Recipe` is an ordered list of rules from layer paths to schemes.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from qjax import formats
+from qjax.formats import Format
+
+Granularity = Literal["tensor", "channel", "group", "block"]
+ScaleFormat = Literal["float", "e8m0", "e4m3"]
+
+SUPPORTED = (
+    "w4a16 w8a16 w3a16 w2a16 (-gN, -channel or -tensor; -asym), nf4 (-gN), w8a8, w4a8 (-gN), w4a4 (-gN), "
+    "fp8-dynamic, fp8-block, fp8-e5m2 (-channel or -tensor), mxfp4, mxfp4-a4, mxfp8, mxfp8-a8, nvfp4"
+)
+
+# What a bare name means; 64 for 2-bit and nf4 weights as in QLoRA and EfficientQAT, else 128.
+_DEFAULT_GROUP = {"int2": 64, "nf4": 64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightScheme:
+    """How a weight is held.
+
+    Attributes:
+      format: format of the codes.
+      granularity: what shares one scale: the whole tensor, an output channel, a group of
+        ``group_size`` neighbours along the contraction axis, or a ``group_size`` x ``group_size`` block.
+      group_size: elements; None for tensor and channel.
+      symmetric: whether zero is the middle of the range. Asymmetric needs an integer format.
+      scale_format: how scales are stored: in the weight's own dtype, as powers of two (e8m0), or as
+        e4m3 under one float32 scale for the tensor.
+    """
+
+    format: Format
+    granularity: Granularity
+    group_size: int | None = None
+    symmetric: bool = True
+    scale_format: ScaleFormat = "float"
+
+    def __post_init__(self):  # noqa: D105
+        if (self.granularity in ("group", "block")) != (self.group_size is not None):
+            raise ValueError(f"{self.granularity=} does not go with {self.group_size=}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"a group has at least one element, got {self.group_size=}")
+        if not self.symmetric and self.format.kind != "integer":
+            raise ValueError(f"asymmetric needs an integer format, got {self.format.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationScheme:
+    """How the other operand of a product is quantized, at run time and from its own values.
+
+    Attributes:
+      format: format of the codes.
+      group_size: elements along the contraction that share a scale; None: all of a token's.
+      scale_format: float32, or powers of two (e8m0).
+    """
+
+    format: Format
+    group_size: int | None = None
+    scale_format: Literal["float", "e8m0"] = "float"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How one layer is held and multiplied.
+
+    Attributes:
+      name: canonical name; parsing it gives the scheme back.
+      weights: how the weight is held.
+      activations: how the other operand is quantized; None leaves it in bf16 or what it is.
+    """
+
+    name: str
+    weights: WeightScheme
+    activations: ActivationScheme | None = None
+
+    @staticmethod
+    def parse(name: str) -> "Scheme":
+        """Reads a scheme's name.
+
+        Raises:
+          ValueError: the name is not one of ``SUPPORTED``, or needs what RTN does not have
+            (calibrated activations); the message says which.
+
+        Example:
+          >>> Scheme.parse("w4a16-g128-asym").weights.group_size
+          128
+        """
+        head, *options = name.split("-")
+        if integer := re.fullmatch(r"w([2348])a(16|8|4)", head):
+            return _integer_scheme(name, int(integer[1]), int(integer[2]), options)
+        match head, options:
+            case "nf4", _:
+                return _grouped_scheme(name, formats.NF4, options)
+            case "fp8", _:
+                return _fp8_scheme(name, options)
+            case "mxfp4" | "mxfp8", ([] | ["a4"] | ["a8"]):
+                return _mx_scheme(name, head, options)
+            case "nvfp4", []:
+                weights = WeightScheme(
+                    format=formats.E2M1, granularity="group", group_size=16, scale_format="e4m3"
+                )
+                return Scheme(name=name, weights=weights)
+        raise _unknown(name)
+
+
+def _unknown(name: str) -> ValueError:
+    return ValueError(f"unknown scheme {name!r}: there are {SUPPORTED}")
+
+
+def _integer_scheme(name: str, bits: int, activation_bits: int, options: list[str]) -> Scheme:
+    weight_only = activation_bits == 16
+    if not weight_only and (bits, activation_bits) not in ((8, 8), (4, 8), (4, 4)):
+        raise _unknown(name)
+    options, asymmetric = _take(options, "asym")
+    if asymmetric and not weight_only:
+        raise ValueError(f"{name}: integer products need symmetric weights; leave out -asym")
+    fmt = formats.format_named(f"int{bits}")
+    # int8 x int8 multiplies whole rows: one scale a channel keeps the sum in integers.
+    default = "group" if weight_only or activation_bits == 4 else "channel"
+    granularity, group_size = _granularity(name, fmt, options, default)
+    weights = WeightScheme(
+        format=fmt, granularity=granularity, group_size=group_size, symmetric=not asymmetric
+    )
+    if weight_only:
+        return Scheme(name=name, weights=weights)
+    activations = ActivationScheme(format=formats.format_named(f"int{activation_bits}"))
+    return Scheme(name=name, weights=weights, activations=activations)
+
+
+def _grouped_scheme(name: str, fmt: Format, options: list[str]) -> Scheme:
+    granularity, group_size = _granularity(name, fmt, options, "group")
+    return Scheme(
+        name=name,
+        weights=WeightScheme(format=fmt, granularity=granularity, group_size=group_size),
+    )
+
+
+def _fp8_scheme(name: str, options: list[str]) -> Scheme:
+    match options:
+        case [] | ["dynamic"]:  # one scale a channel, one a token
+            weights = WeightScheme(format=formats.E4M3, granularity="channel")
+            return Scheme(
+                name="fp8-dynamic",
+                weights=weights,
+                activations=ActivationScheme(format=formats.E4M3),
+            )
+        case ["block"]:  # DeepSeek-V3, 2024, section 3.3.2: 128 x 128 weights, 1 x 128 activations
+            weights = WeightScheme(format=formats.E4M3, granularity="block", group_size=128)
+            activations = ActivationScheme(format=formats.E4M3, group_size=128)
+            return Scheme(name=name, weights=weights, activations=activations)
+        case ["e5m2"] | ["e5m2", "channel"]:
+            return Scheme(
+                name="fp8-e5m2", weights=WeightScheme(format=formats.E5M2, granularity="channel")
+            )
+        case ["e5m2", "tensor"]:
+            return Scheme(
+                name=name, weights=WeightScheme(format=formats.E5M2, granularity="tensor")
+            )
+        case ["static"]:
+            raise ValueError(
+                "fp8-static needs activation scales from calibration, which rtn does not take; "
+                "fp8-dynamic needs none"
+            )
+    raise _unknown(name)
+
+
+def _mx_scheme(name: str, head: str, options: list[str]) -> Scheme:
+    fmt = formats.E2M1 if head == "mxfp4" else formats.E4M3
+    weights = WeightScheme(format=fmt, granularity="group", group_size=32, scale_format="e8m0")
+    if not options:
+        return Scheme(name=name, weights=weights)
+    if options != [f"a{fmt.bits}"]:
+        raise _unknown(name)
+    activations = ActivationScheme(format=fmt, group_size=32, scale_format="e8m0")
+    return Scheme(name=name, weights=weights, activations=activations)
+
+
+def _granularity(
+    name: str, fmt: Format, options: list[str], default: Granularity
+) -> tuple[Granularity, int | None]:
+    match options:
+        case []:
+            group_size = _DEFAULT_GROUP.get(fmt.name, 128) if default == "group" else None
+            return default, group_size
+        case ["channel"]:
+            return "channel", None
+        case ["tensor"]:
+            return "tensor", None
+        case [group] if re.fullmatch(r"g[1-9]\d*", group):
+            return "group", int(group[1:])
+    raise _unknown(name)
+
+
+def _take(options: list[str], word: str) -> tuple[list[str], bool]:
+    return [option for option in options if option != word], word in options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One line of a recipe: layers whose whole path matches ``pattern`` get ``scheme``.
+
+    Attributes:
+      pattern: regular expression over a slash-joined path, such as ``.*/mlp/.*``.
+      scheme: how these layers are held; None leaves them as they are.
+    """
+
+    pattern: str
+    scheme: Scheme | None
+
+    def __post_init__(self):  # noqa: D105
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"rule {self.pattern!r} is no regular expression: {error}") from error
+
+    def matches(self, path: str) -> bool:
+        """Whether the whole path matches."""
+        return re.fullmatch(self.pattern, path) is not None
+
+    def names(self, path: str) -> bool:
+        """Whether the rule means this very layer, and not just every layer in its place.
+
+        It does when a layer of another name in the same place would not match: ``.*lm_head`` and
+        ``(lm_head|embed)`` name ``lm_head``; ``.*`` and ``model/.*`` name nothing.
+
+        >>> Rule(pattern=".*", scheme=None).names("lm_head")
+        False
+        """
+        place = path.rpartition("/")[0]
+        # A name that nobody gives a layer, so that only a wildcard matches it.
+        stranger = f"{place}/\0" if place else "\0"
+        return self.matches(path) and not self.matches(stranger)
+
+
+# Few parameters and much damage: these stay as they are unless a rule names them.
+_PROTECTED = re.compile(r"(.*/)?[^/]*(norm|embed|lm_head)[^/]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which layers are held how: the first rule that matches a path decides.
+
+    Norms, embeddings and the output head stay as they are unless a rule names them
+    (:meth:`Rule.names`).
+
+    Example:
+      >>> recipe = Recipe.uniform("w4a16-g128")
+      >>> recipe.scheme_for("layers/0/mlp/up_proj").name, recipe.scheme_for("lm_head")
+      ('w4a16-g128', None)
+    """
+
+    rules: tuple[Rule, ...]
+
+    @staticmethod
+    def uniform(scheme: str | Scheme) -> "Recipe":
+        """One scheme for every layer that is not protected."""
+        parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+        return Recipe(rules=(Rule(pattern=".*", scheme=parsed),))
+
+    @staticmethod
+    def from_json(rules: object, where: str = "recipe") -> "Recipe":
+        """Reads ``[["path regex", "scheme" or null], ...]``.
+
+        Raises:
+          ValueError: it has another form; the message begins with ``where``.
+
+        Example:
+          >>> Recipe.from_json([[".*down_proj", "w8a16"], [".*", "w4a16"]]).rules[1].scheme.name
+          'w4a16'
+        """
+        if not isinstance(rules, list) or not rules:
+            raise ValueError(f'{where}: expected a list like [[".*", "w4a16-g128"]]')
+        parsed = []
+        for entry in rules:
+            match entry:
+                case [str(pattern), str(name)]:
+                    parsed.append(Rule(pattern=pattern, scheme=Scheme.parse(name)))
+                case [str(pattern), None]:
+                    parsed.append(Rule(pattern=pattern, scheme=None))
+                case _:
+                    raise ValueError(
+                        f"{where}: expected [path regex, scheme name or null], got {entry!r}"
+                    )
+        return Recipe(rules=tuple(parsed))
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The rule that decides for a layer, or None."""
+        protected = _PROTECTED.fullmatch(path) is not None
+        for rule in self.rules:
+            if rule.names(path) or (rule.matches(path) and not protected):
+                return rule
+        return None
+
+    def scheme_for(self, path: str) -> Scheme | None:
+        """How a layer is held, or None to leave it as it is."""
+        rule = self.rule_for(path)
+        return rule.scheme if rule else None
