@@ -47,13 +47,12 @@ def pack(codes: Integer[Array, "*batch n"], bits: int) -> UInt8[Array, "*batch b
     n = codes.shape[-1]
     fields = codes.astype(jnp.uint32) & (2**bits - 1)
     fields = _pad_last(fields, codes_per_word)
-    fields = fields.reshape(*codes.shape[:-1], -1, codes_per_word)
+    fields = _split_last(fields, codes_per_word)
     # The fields of a word do not overlap, so their sum is their bitwise or.
     word = jnp.sum(fields << (bits * jnp.arange(codes_per_word, dtype=jnp.uint32)), axis=-1)
     word = word.astype(jnp.uint32)[..., None]
     octets = (word >> (8 * jnp.arange(bytes_per_word, dtype=jnp.uint32))) & 0xFF
-    octets = octets.astype(jnp.uint8).reshape(*codes.shape[:-1], -1)
-    return octets[..., : packed_length(n, bits)]
+    return _merge_last(octets.astype(jnp.uint8))[..., : packed_length(n, bits)]
 
 
 def unpack(
@@ -83,8 +82,11 @@ def unpack(
             f"{n} codes of {bits} bits take {packed_length(n, bits)} bytes, got {packed.shape[-1]}"
         )
     if (bits, signed) in _NATIVE:
+        # XLA folds this bitcast of a constant wrongly (openxla/xla issue 38964, jax 0.10.2): without
+        # the barrier a jitted function that closes over packed codes would compute with others.
+        packed = jax.lax.optimization_barrier(packed)
         fields = jax.lax.bitcast_convert_type(packed, _NATIVE[bits, signed])
-        return fields.reshape(*packed.shape[:-1], -1)[..., :n].astype(jnp.int8)
+        return _merge_last(fields)[..., :n].astype(jnp.int8)
     return _shift_out(packed, bits, signed)[..., :n]
 
 
@@ -93,11 +95,11 @@ def _shift_out(
 ) -> Int8[Array, "*batch padded"]:
     codes_per_word, bytes_per_word = _word(bits)
     octets = _pad_last(packed.astype(jnp.uint32), bytes_per_word)
-    octets = octets.reshape(*packed.shape[:-1], -1, bytes_per_word)
+    octets = _split_last(octets, bytes_per_word)
     word = jnp.sum(octets << (8 * jnp.arange(bytes_per_word, dtype=jnp.uint32)), axis=-1)
     word = word.astype(jnp.uint32)[..., None]
     fields = (word >> (bits * jnp.arange(codes_per_word, dtype=jnp.uint32))) & (2**bits - 1)
-    fields = fields.astype(jnp.int8).reshape(*packed.shape[:-1], -1)
+    fields = _merge_last(fields.astype(jnp.int8))
     sign_bit = 2 ** (bits - 1)
     return (fields ^ sign_bit) - sign_bit if signed else fields
 
@@ -108,6 +110,14 @@ def _word(bits: int) -> tuple[int, int]:
         raise ValueError(f"codes of 2, 3 or 4 bits can be packed, got {bits=}")
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
+
+
+def _split_last(x: Array, length: int) -> Array:
+    return x.reshape(*x.shape[:-1], x.shape[-1] // length, length)
+
+
+def _merge_last(x: Array) -> Array:
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def _pad_last(x: Array, multiple: int) -> Array:

@@ -17,3 +17,5 @@ from qjax.report import QuantizationReport as QuantizationReport
 from qjax.scheme import Recipe as Recipe
 from qjax.scheme import Rule as Rule
 from qjax.scheme import Scheme as Scheme
+
+__version__ = "0.1.0"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizing the other operand of a product, at run time, from its own values.
 
-    x  ~  codes * scale,     scale = absmax over the token (or over a group of it) / divisor
+x  ~  codes * scale,     scale = absmax over the token (or over a group of it) / divisor
 """
 
 from typing import NamedTuple
@@ -30,9 +30,7 @@ class Quantized(NamedTuple):
     group_size: int | None
 
 
-def quantize(
-    x: Float[Array, "..."], scheme: ActivationScheme, axis: tuple[int, ...]
-) -> Quantized:
+def quantize(x: Float[Array, "..."], scheme: ActivationScheme, axis: tuple[int, ...]) -> Quantized:
     """Quantizes activations dynamically: per token, or per group of each token.
 
     Args:
@@ -44,25 +42,28 @@ def quantize(
       Codes and float32 scales. A token of zeros has scale one.
 
     Raises:
-      ValueError: the group size does not divide the last contraction axis.
+      ValueError: the group size does not divide a longer last contraction axis.
     """
-    tile = [1] * x.ndim
-    for a in axis:
-        tile[a] = x.shape[a]
-    if scheme.group_size is not None:
-        length = x.shape[axis[-1]]
-        if length % scheme.group_size:
-            raise ValueError(
-                f"activations are quantized in groups of {scheme.group_size}, which does not "
-                f"divide the {length} elements that the product sums over"
-            )
-        tile = [scheme.group_size if i == axis[-1] % x.ndim else 1 for i in range(x.ndim)]
-    magnitudes = jnp.abs(jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32))
-    absmax = jnp.max(tiles.split(magnitudes, tuple(tile)), axis=tiles.inner_axes(tuple(tile)))
+    length = x.shape[axis[-1]]
+    group_size = scheme.group_size
+    if group_size is None or group_size >= length:  # one group covers the token
+        group_size = None
+        tile = tuple(n if i in {a % x.ndim for a in axis} else 1 for i, n in enumerate(x.shape))
+    elif length % group_size:
+        raise ValueError(
+            f"activations are quantized in groups of {group_size}, which does not divide the "
+            f"{length} elements that the product sums over"
+        )
+    else:
+        tile = tuple(group_size if i == axis[-1] % x.ndim else 1 for i in range(x.ndim))
+    # Infinities saturate; NaN stays, in the scale, so that a product does not hide it.
+    magnitudes = jnp.abs(jnp.where(jnp.isinf(x), 0, x).astype(jnp.float32))
+    absmax = jnp.max(tiles.split(magnitudes, tile), axis=tiles.inner_axes(tile))
     scale = ranges.symmetric_scale(absmax, scheme.format, scheme.scale_format).astype(jnp.float32)
-    steps = x.astype(jnp.float32) / tiles.spread(scale, tuple(tile), x.shape)
-    codes = formats.encode(steps, scheme.format)
-    return Quantized(codes, scale, scheme.format, scheme.group_size)
+    codes = formats.encode(
+        x.astype(jnp.float32) / tiles.spread(scale, tile, x.shape), scheme.format
+    )
+    return Quantized(codes, scale, scheme.format, group_size)
 
 
 def dequantize(q: Quantized) -> Float[Array, "..."]:

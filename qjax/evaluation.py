@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a language model knows of a text: perplexity, and its distance from another model.
 
-    nll = - mean over predicted tokens of ln p(token | tokens before it in the window)
-    perplexity = exp(nll)
-    kl = mean over predicted tokens of  sum_v p(v) (ln p(v) - ln q(v)),   p the baseline, q the model
+nll = - mean over predicted tokens of ln p(token | tokens before it in the window)
+perplexity = exp(nll)
+kl = mean over predicted tokens of  sum_v p(v) (ln p(v) - ln q(v)),   p the baseline, q the model
 """
 
 import math
@@ -64,7 +64,8 @@ def evaluate(
       on_batch: called after each batch with the windows done so far; for progress bars.
 
     Raises:
-      ValueError: no window, windows of one token, or logits that are not finite.
+      ValueError: no window, windows of one token, tokens outside a model's vocabulary, or logits
+        that are not finite.
     """
     count, length = tokens.shape
     if count < 1 or length < 2:
@@ -72,8 +73,19 @@ def evaluate(
             f"need at least one window of two tokens, got {count} windows of {length}: "
             "the first token of a window is not predicted"
         )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"a batch holds at least one window, got {batch_size=}")
+    vocabulary = _vocabulary(model, length)
+    if baseline is not None and (other := _vocabulary(baseline, length)) != vocabulary:
+        raise ValueError(
+            f"the model knows {vocabulary} tokens, the baseline {other}: not comparable"
+        )
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise ValueError(
+            f"tokens lie in [{tokens.min()}, {tokens.max()}], the model knows 0 to {vocabulary - 1}"
+        )
     score = _scorer(model, baseline)
-    batch_size = batch_size or _batch_that_fits(model, length)
+    batch_size = batch_size or max(1, _LOGITS_BYTES // (4 * length * vocabulary))
     sums = np.zeros(3)
     done = 0
     for batch, rows in _batches(tokens, batch_size):
@@ -86,6 +98,10 @@ def evaluate(
     nll, kl, agreement = (float(s) / predicted for s in sums)
     if not math.isfinite(nll):
         raise ValueError("the model's logits are not finite: its weights are damaged or overflow")
+    if not math.isfinite(kl):
+        raise ValueError(
+            "the baseline's logits are not finite: its weights are damaged or overflow"
+        )
     if baseline is None:
         return Evaluation(nll=nll, tokens=predicted)
     return Evaluation(nll=nll, tokens=predicted, kl=kl, top1_agreement=agreement)
@@ -104,7 +120,9 @@ def _scorer(model: Logits, baseline: Logits | None) -> Callable[[Int[Array, "B T
         log_p = jax.nn.log_softmax(
             apply_baseline(baseline_weights, batch)[:, :-1].astype(jnp.float32)
         )
-        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        p = jnp.exp(log_p)
+        # A token that the baseline rules out (-inf) adds nothing, whatever the model thinks of it.
+        kl = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0), axis=-1)
         same = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
         return nll, kl, same.astype(jnp.float32)
 
@@ -119,10 +137,9 @@ def _split(model: Logits) -> tuple[Callable[[Any, Array], Array], Any]:
     return lambda state, batch: nnx.merge(graphdef, state)(batch), state
 
 
-def _batch_that_fits(model: Logits, length: int) -> int:
+def _vocabulary(model: Logits, length: int) -> int:
     apply, weights = _split(model)
-    logits = jax.eval_shape(apply, weights, jax.ShapeDtypeStruct((1, length), jnp.int32))
-    return max(1, _LOGITS_BYTES // (4 * logits.size))
+    return jax.eval_shape(apply, weights, jax.ShapeDtypeStruct((1, length), jnp.int32)).shape[-1]
 
 
 def _batches(tokens: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:

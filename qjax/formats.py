@@ -113,7 +113,8 @@ def encode(values: Float[Array, "*shape"], fmt: Format) -> Shaped[Array, "*shape
       >>> encode(jnp.array([0.5, 1.5, 9.0]), INT4).tolist()
       [0, 2, 7]
     """
-    # In float32 every midpoint between neighbours of these formats is exact, so one rounding is all.
+    # In float32 every midpoint between neighbouring integers or 8-bit floats is exact, so one
+    # rounding is all.
     clipped = jnp.clip(values.astype(jnp.float32), fmt.low, fmt.high)
     match fmt.kind:
         case "integer":
@@ -140,10 +141,13 @@ def _nearest_entry(values: Float[Array, "*shape"], fmt: Format) -> Integer[Array
     order = np.argsort(fmt.table, kind="stable").astype(np.int8)
     # -0.0 is an entry of its own that no value needs: +0.0 (the lower index) stands for both.
     order = order[[0, *(np.flatnonzero(np.diff(np.asarray(fmt.table)[order])) + 1)]]
-    ladder = np.asarray(fmt.table, np.float32)[order]
+    ladder = np.asarray(fmt.table, np.float32)[order].astype(np.float64)
     midpoints = (ladder[1:] + ladder[:-1]) / 2
-    position = sum((values > m).astype(jnp.int8) for m in midpoints)
+    # A float32 value lies above a midpoint when it lies above the last float32 not beyond it.
+    bounds = midpoints.astype(np.float32)
+    bounds = np.where(bounds > midpoints, np.nextafter(bounds, np.float32(-np.inf)), bounds)
+    position = sum((values > bound).astype(jnp.int8) for bound in bounds)
     # A tie has just failed `>` and sits on the lower rung; it moves up if the upper code is even.
-    upper_is_even = [m for m, code in zip(midpoints, order[1:], strict=True) if code % 2 == 0]
-    position += sum((values == m).astype(jnp.int8) for m in upper_is_even)
+    moves_up = bounds[(bounds == midpoints) & (order[1:] % 2 == 0)]
+    position += sum((values == bound).astype(jnp.int8) for bound in moves_up)
     return jnp.asarray(order)[position]

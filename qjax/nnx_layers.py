@@ -40,7 +40,8 @@ def contraction_axes(layer: QuantizableLayer) -> tuple[int, ...]:
     A table of embeddings is read a row at a time and, as a tied head, summed over its width.
 
     Raises:
-      ValueError: an ``nnx.Einsum`` without an equation of its own, or one that sums over nothing.
+      ValueError: an ``nnx.Einsum`` without an equation of its own, one that sums over nothing, or
+        one with an ellipsis in the kernel.
     """
     match layer:
         case nnx.Embed():
@@ -53,8 +54,10 @@ def contraction_axes(layer: QuantizableLayer) -> tuple[int, ...]:
         case nnx.Einsum():
             if layer.einsum_str is None:
                 raise ValueError("this nnx.Einsum gets its equation at each call; give it one")
-            operands, _, result = layer.einsum_str.partition("->")
+            operands, _, result = layer.einsum_str.replace(" ", "").partition("->")
             letters = operands.split(",")[1]
+            if "..." in letters:
+                raise ValueError(f"{layer.einsum_str!r}: an ellipsis hides axes of the kernel")
             axes = tuple(i - len(letters) for i, c in enumerate(letters) if c not in result)
             if not axes:
                 raise ValueError(f"{layer.einsum_str!r} sums over no axis of the kernel")
@@ -95,15 +98,20 @@ def quantized_layers(model: nnx.Module) -> dict[str, QTensor]:
 def promote(args: tuple[Any, ...], *, dtype: Any = None, inexact: bool = True) -> tuple[Any, ...]:
     """Flax's ``promote_dtype`` for arguments among which a QTensor may be.
 
-    Arrays are cast to ``dtype``, or to the promoted dtype of all; a QTensor counts with its logical
-    dtype and is passed on.
+    All are cast to ``dtype``, or to the promoted dtype of all; a QTensor counts with its logical
+    dtype, and only that changes: its codes and scales stay.
     """
     given = [a for a in args if a is not None]
     target = dtype or jnp.result_type(*(a.dtype for a in given))
     if inexact and not jnp.issubdtype(target, jnp.inexact):
         target = jnp.promote_types(jnp.float32, target)
     return tuple(
-        a if a is None or isinstance(a, QTensor) else jnp.asarray(a, target) for a in args
+        a.astype(target)
+        if isinstance(a, QTensor)
+        else None
+        if a is None
+        else jnp.asarray(a, target)
+        for a in args
     )
 
 

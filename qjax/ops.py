@@ -184,6 +184,7 @@ def take(
     if not isinstance(table, QTensor):
         return jnp.take(table, ids, axis=0)
     tile_rows, tile_columns = table.tile
+    ids = jnp.where(ids < 0, ids + table.shape[0], ids)  # as jnp.take counts them
     tile_ids = ids // tile_rows
 
     def rows(per_tile):
@@ -202,6 +203,24 @@ def take(
             dtype=table.dtype,
         )
     )
+
+
+def form(w: Any) -> str:
+    """How a product with this weight runs here, in words: the row of the module's table.
+
+    >>> form(jnp.ones((2, 2)))
+    'xla: dot'
+    """
+    if not isinstance(w, QTensor):
+        return "xla: dot"
+    scheme, whole = w.activations, w.scaled_per_contraction
+    if scheme is None:
+        return "xla: dot of codes, then scale" if whole else "xla: dequantize, then dot"
+    if scheme.group_size is not None:
+        return "xla: dequantize both, then dot"
+    if not whole:
+        return f"xla: dot of {scheme.format.name} and dequantized, then scale"
+    return f"xla: {scheme.format.name} dot, then scales"
 
 
 def _plain(x, w, numbers, precision, dtype, out_sharding):
@@ -265,14 +284,12 @@ _both_quantized.defvjp(_both_quantized_forward, _both_quantized_backward)
 
 
 def _float_dot(x, w, numbers, precision) -> Float[Array, "..."]:
-    return lax.dot_general(
-        x, w, numbers, precision=precision, preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(x, w, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _free_scales(w: QTensor) -> Float[Array, "..."]:
     """Scales in the weight's own axes, length 1 where they do not vary."""
-    return tiles.spread(qtensor.scales(w), w.tile, w.shape)
+    return tiles.spread(qtensor.scales(w), w.tile, w.shape[w.ndim - len(w.tile) :])
 
 
 def _beside_result(scale, x_ndim: int, numbers) -> Float[Array, "..."]:

@@ -115,8 +115,9 @@ def _left_alone(path: str, layer: nnx_layers.QuantizableLayer, reason: str) -> L
 
 @jax.jit
 def _relative_error(w: Float[Array, "..."], q: QTensor) -> Float[Array, ""]:
-    w = w.astype(jnp.float32)
-    wrong = jnp.linalg.norm(qtensor.dequantize(q, jnp.float32) - w)
+    near = qtensor.dequantize(q, jnp.float32)
+    w = jnp.where(jnp.isfinite(w), w.astype(jnp.float32), near)  # an infinity has no relative error
+    wrong = jnp.linalg.norm(near - w)
     return wrong / jnp.maximum(jnp.linalg.norm(w), jnp.finfo(jnp.float32).tiny)
 
 

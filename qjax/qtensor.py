@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels import packing
 from qjax import formats, tiles
 from qjax.formats import Format
-from qjax.scheme import ActivationScheme
+from qjax.scheme import ActivationScheme, Scheme, WeightScheme
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -37,13 +37,12 @@ class QTensor:
       tensor_scale: float32 scalar over e4m3 scales; else None.
       format: what the codes mean.
       axis: the contraction axes, counted from the end.
-      tile: tile length for each logical axis.
       activations: how the other operand of a product is quantized; None leaves it as it is.
     """
 
     __slots__ = (
-        "_dtype", "_shape", "activations", "axis", "codes", "format", "scale", "tensor_scale",
-        "tile", "zero",
+        "_dtype", "_shape", "_tile", "activations", "axis", "codes", "format", "scale",
+        "tensor_scale", "zero",
     )  # fmt: skip
 
     # The leaves are Any on purpose: under transformations JAX puts tracers, shapes or plain
@@ -54,7 +53,6 @@ class QTensor:
     tensor_scale: Any
     format: Format
     axis: tuple[int, ...]
-    tile: tuple[int, ...]
     activations: ActivationScheme | None
 
     def __init__(
@@ -86,8 +84,8 @@ class QTensor:
           activations: how the other operand of a product is quantized.
         """
         self.codes, self.scale, self.zero, self.tensor_scale = codes, scale, zero, tensor_scale
-        self.format, self.axis, self.tile, self.activations = format, axis, tile, activations
-        self._shape, self._dtype = tuple(shape), jnp.dtype(dtype)
+        self.format, self.axis, self.activations = format, axis, activations
+        self._shape, self._tile, self._dtype = tuple(shape), tuple(tile), jnp.dtype(dtype)
 
     @staticmethod
     def from_codes(
@@ -141,8 +139,18 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the logical array, stacked leading axes included."""
-        return tuple(self.codes.shape[: len(self.codes.shape) - len(self._shape)]) + self._shape
+        """Shape of the logical array, read off the codes: of all layers, one layer or one shard."""
+        *leading, last = self.codes.shape
+        if self.format.packed:
+            # The bytes of a row may hold fewer codes than fit; a shard of a row is whole bytes.
+            row = packing.packed_length(self._shape[-1], self.format.bits)
+            last = self._shape[-1] if last == row else last * 8 // self.format.bits
+        return (*leading, last)
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        """Tile length for each of the last axes; all of the array's, unless layers are stacked."""
+        return self._tile[max(0, len(self._tile) - self.ndim) :]
 
     @property
     def dtype(self) -> Any:
@@ -174,13 +182,44 @@ class QTensor:
     @property
     def group_size(self) -> int | None:
         """Elements of the last contraction axis that share a scale; None when all of them do."""
-        length, tile = self._shape[self.axis[-1]], self.tile[self.axis[-1]]
+        length, tile = self.shape[self.axis[-1]], self.tile[self.axis[-1]]
         return None if tile >= length else tile
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that this array is held and multiplied by; read off the tile and the dtypes."""
+        shape, ndim = _tiled_shape(self), len(self.tile)
+        contracted = {a % ndim for a in self.axis}
+        whole = {i for i in range(ndim) if self.tile[i] == shape[i]}
+        cut = [i for i in range(ndim) if i not in whole and self.tile[i] > 1]
+        granularity, group_size = "channel", None
+        if any(i not in contracted and self.tile[i] > 1 for i in cut):
+            granularity, group_size = "block", max(self.tile[i] for i in cut)
+        elif contracted - whole:
+            granularity, group_size = "group", self.tile[self.axis[-1]]
+        elif len(whole) == ndim:
+            granularity = "tensor"
+        scale_formats = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
+        weights = WeightScheme(
+            format=self.format,
+            granularity=granularity,
+            group_size=group_size,
+            symmetric=self.zero is None,
+            scale_format=scale_formats.get(str(self.scale.dtype), "float"),
+        )
+        return Scheme(weights=weights, activations=self.activations)
 
     @property
     def scaled_per_contraction(self) -> bool:
         """Whether one scale covers everything that a product sums over."""
-        return all(self.tile[a] >= self._shape[a] for a in self.axis)
+        return all(self.tile[a] >= self.shape[a] for a in self.axis)
+
+    def astype(self, dtype: Any) -> "QTensor":
+        """The same codes and scales, standing for an array of another logical dtype."""
+        leaves, treedef = jax.tree.flatten(self)
+        result = jax.tree.unflatten(treedef, leaves)
+        result._dtype = jnp.dtype(dtype)
+        return result
 
     def __getitem__(self, index: Any) -> "QTensor":
         """``q[...]`` is ``q``: Flax reads its parameters so. No other index is possible."""
@@ -197,7 +236,7 @@ class QTensor:
         names = ("codes", "scale", "zero", "tensor_scale")
         leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
         return leaves, (
-            self.format, self.axis, self.tile, self._shape, self._dtype, self.activations,
+            self.format, self.axis, self._tile, self._shape, self._dtype, self.activations,
         )  # fmt: skip
 
     @classmethod

@@ -6,6 +6,7 @@ percentile cuts outliers off; the MSE search shrinks the extremes step by step a
 with the least error.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -38,12 +39,16 @@ class RangeSearch:
     norm: float = 2.4
 
     def __post_init__(self):  # noqa: D105
+        if self.method not in ("absmax", "percentile", "mse"):
+            raise ValueError(f"a range is found by absmax, percentile or mse, got {self.method!r}")
         if not 0 < self.percentile <= 100:
             raise ValueError(f"a percentile lies in (0, 100], got {self.percentile=}")
         if self.steps < 1 or not 0 <= self.max_shrink < 1:
             raise ValueError(
                 f"need steps >= 1 and max_shrink in [0, 1), got {self.steps=} {self.max_shrink=}"
             )
+        if self.norm <= 0:
+            raise ValueError(f"an error norm is positive, got {self.norm=}")
 
 
 class Grid(NamedTuple):
@@ -75,9 +80,14 @@ def find_grid(
       One entry a tile.
     """
     low, high = _extremes(w, scheme, tile, search)
+    tensor_scale = _tensor_scale(low, high, scheme)
+
+    def shrunk(shrink):
+        return _grid(low * shrink, high * shrink, scheme, w.dtype, tensor_scale)
+
     if search.method == "mse":
-        low, high = _least_error(w, scheme, tile, search, low, high)
-    return _grid(low, high, scheme, w.dtype)
+        return shrunk(_least_error(w, scheme.format, tile, search, shrunk))
+    return shrunk(1.0)
 
 
 def encode(
@@ -92,7 +102,7 @@ def encode(
 
 def symmetric_scale(
     absmax: Float[Array, "..."], fmt: Format, scale_format: str, dtype: Any = jnp.float32
-) -> Float[Array, "..."]:
+) -> Shaped[Array, "..."]:
     """The scale, as stored, under which ``absmax`` meets the end of the format's range.
 
     A tile of zeros, or one so small that its scale would round to zero, gets scale one.
@@ -112,8 +122,23 @@ def symmetric_scale(
     return jnp.where(scale == 0, jnp.ones_like(scale), scale)
 
 
+def _tensor_scale(
+    low: Float[Array, "..."], high: Float[Array, "..."], scheme: WeightScheme
+) -> Float[Array, ""] | None:
+    """Puts the largest tile's scale at the top of e4m3 (NVFP4: 448 * 6); None without e4m3 scales."""
+    if scheme.scale_format != "e4m3":
+        return None
+    absmax = jnp.max(jnp.maximum(-low, high))
+    tensor_scale = absmax / (scheme.format.symmetric_divisor * formats.E4M3.high)
+    return jnp.where(tensor_scale == 0, 1.0, tensor_scale)
+
+
 def _grid(
-    low: Float[Array, "..."], high: Float[Array, "..."], scheme: WeightScheme, dtype: Any
+    low: Float[Array, "..."],
+    high: Float[Array, "..."],
+    scheme: WeightScheme,
+    dtype: Any,
+    tensor_scale: Float[Array, ""] | None,
 ) -> Grid:
     fmt = scheme.format
     if not scheme.symmetric:
@@ -123,15 +148,12 @@ def _grid(
         zero = jnp.round(fmt.low - low / scale.astype(jnp.float32))
         return Grid(scale, jnp.clip(zero, fmt.low, fmt.high).astype(jnp.int8), None)
     absmax = jnp.maximum(-low, high)
-    if scheme.scale_format != "e4m3":
-        return Grid(symmetric_scale(absmax, fmt, scheme.scale_format, dtype), None, None)
-    # The tensor scale puts the largest tile's scale at the top of e4m3 (NVFP4: 448 * 6).
-    tensor_scale = jnp.max(absmax) / (fmt.symmetric_divisor * formats.E4M3.high)
-    tensor_scale = jnp.where(tensor_scale == 0, 1.0, tensor_scale)
-    return Grid(symmetric_scale(absmax / tensor_scale, fmt, "e4m3"), None, tensor_scale)
+    if tensor_scale is not None:
+        absmax = absmax / tensor_scale
+    return Grid(symmetric_scale(absmax, fmt, scheme.scale_format, dtype), None, tensor_scale)
 
 
-def _power_of_two(absmax: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+def _power_of_two(absmax: Float[Array, "..."], fmt: Format) -> Shaped[Array, "..."]:
     """OCP microscaling: ``2 ** (floor(log2(absmax)) - emax)``, one more where saturation would cost.
 
     ``emax`` is the exponent of the format's largest value. Between that value and the power of two
@@ -141,8 +163,10 @@ def _power_of_two(absmax: Float[Array, "..."], fmt: Format) -> Float[Array, "...
     midpoint = (fmt.high + 2.0 ** (top_exponent + 1)) / 2
     mantissa, exponent = jnp.frexp(absmax)  # absmax = mantissa * 2**exponent, mantissa in [0.5, 1)
     exponent = exponent - 1 + (mantissa * 2.0 ** (top_exponent + 1) > midpoint)
-    exponent = jnp.clip(exponent - top_exponent, -127, 127)  # what e8m0 can hold
+    # e8m0 holds 2**-127 too, but float32 arithmetic flushes that to zero.
+    exponent = jnp.clip(exponent - top_exponent, -126, 127)
     scale = jnp.where(absmax == 0, 1.0, jnp.ldexp(jnp.float32(1), exponent.astype(jnp.int32)))
+    scale = jnp.where(jnp.isnan(absmax), absmax, scale)
     return scale.astype(jnp.float8_e8m0fnu)
 
 
@@ -152,16 +176,19 @@ def _extremes(
     finite = jnp.where(jnp.isfinite(w), w, 0).astype(jnp.float32)
     inner = tiles.inner_axes(tile)
     if search.method == "percentile":
-        # A ragged tile's filling must not count as small magnitudes.
-        split = tiles.split(finite, tile, fill=jnp.nan)
+        # Neither a ragged tile's filling nor infinities must count as small magnitudes.
+        known = jnp.where(jnp.isfinite(w), finite, jnp.nan)
+        split = tiles.split(known, tile, fill=jnp.nan)
+
+        def percentile(values, percent):
+            # Of nothing but infinities it is NaN.
+            return jnp.nan_to_num(jnp.nanpercentile(values, percent, axis=inner))
+
         if scheme.symmetric:
-            bound = jnp.nanpercentile(jnp.abs(split), search.percentile, axis=inner)
+            bound = percentile(jnp.abs(split), search.percentile)
             return -bound, bound
         tail = (100 - search.percentile) / 2
-        return (
-            jnp.nanpercentile(split, tail, axis=inner),
-            jnp.nanpercentile(split, 100 - tail, axis=inner),
-        )
+        return percentile(split, tail), percentile(split, 100 - tail)
     split = tiles.split(finite, tile)
     if scheme.symmetric:
         absmax = jnp.max(jnp.abs(split), axis=inner)
@@ -171,17 +198,16 @@ def _extremes(
 
 def _least_error(
     w: Float[Array, "..."],
-    scheme: WeightScheme,
+    fmt: Format,
     tile: tuple[int, ...],
     search: RangeSearch,
-    low: Float[Array, "..."],
-    high: Float[Array, "..."],
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Shrinks the range of each tile to the candidate of least ``sum |w - dequantized|**norm``."""
+    shrunk: Callable[[Any], Grid],
+) -> Float[Array, "..."]:
+    """How far to shrink each tile's range for the least ``sum |w - dequantized|**norm``."""
 
     def error(shrink):
-        grid = _grid(low * shrink, high * shrink, scheme, w.dtype)
-        values = formats.decode(encode(w, grid, scheme.format, tile), scheme.format)
+        grid = shrunk(shrink)
+        values = formats.decode(encode(w, grid, fmt, tile), fmt)
         if grid.zero is not None:
             values = values - tiles.spread(grid.zero, tile, w.shape).astype(jnp.float32)
         wrong = jnp.abs(values * tiles.spread(grid.step, tile, w.shape) - w.astype(jnp.float32))
@@ -195,6 +221,6 @@ def _least_error(
         better = this < best_error
         return jnp.where(better, this, best_error), jnp.where(better, shrink, best_shrink)
 
-    start = error(1.0), jnp.ones_like(low)
-    _, shrink = jax.lax.fori_loop(1, search.steps, keep_better, start)
-    return low * shrink, high * shrink
+    unshrunk = error(1.0)
+    start = unshrunk, jnp.ones_like(unshrunk)
+    return jax.lax.fori_loop(1, search.steps, keep_better, start)[1]

@@ -59,7 +59,9 @@ class QuantizationReport:
     def warnings(self) -> list[str]:
         """One line for each thing a user should know: rules without layers, layers left alone."""
         rules = [f"rule {pattern!r} decided for no layer" for pattern in self.unmatched_rules]
-        return rules + [f"{layer.path} stays as it is: {layer.reason}" for layer in self.unquantized]
+        return rules + [
+            f"{layer.path} stays as it is: {layer.reason}" for layer in self.unquantized
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain JSON types, totals included."""

@@ -16,8 +16,9 @@ Granularity = Literal["tensor", "channel", "group", "block"]
 ScaleFormat = Literal["float", "e8m0", "e4m3"]
 
 SUPPORTED = (
-    "w4a16 w8a16 w3a16 w2a16 (-gN, -channel or -tensor; -asym), nf4 (-gN), w8a8, w4a8 (-gN), w4a4 (-gN), "
-    "fp8-dynamic, fp8-block, fp8-e5m2 (-channel or -tensor), mxfp4, mxfp4-a4, mxfp8, mxfp8-a8, nvfp4"
+    "w4a16, w8a16, w3a16, w2a16 (with -gN, -channel or -tensor, and -asym), nf4, w8a8, w4a8, w4a4 "
+    "(with -gN or -channel), fp8-dynamic, fp8-a16, fp8-e5m2 (with -channel or -tensor), fp8-block, "
+    "mxfp4, mxfp4-a4, mxfp8, mxfp8-a8, nvfp4"
 )
 
 # What a bare name means; 64 for 2-bit and nf4 weights as in QLoRA and EfficientQAT, else 128.
@@ -73,22 +74,29 @@ class Scheme:
     """How one layer is held and multiplied.
 
     Attributes:
-      name: canonical name; parsing it gives the scheme back.
       weights: how the weight is held.
       activations: how the other operand is quantized; None leaves it in bf16 or what it is.
     """
 
-    name: str
     weights: WeightScheme
     activations: ActivationScheme | None = None
+
+    @property
+    def name(self) -> str:
+        """The canonical name, every choice spelled out; :meth:`parse` gives the scheme back.
+
+        >>> Scheme.parse("w4a16").name
+        'w4a16-g128'
+        """
+        return "-".join([_head(self), *_options(self)])
 
     @staticmethod
     def parse(name: str) -> "Scheme":
         """Reads a scheme's name.
 
         Raises:
-          ValueError: the name is not one of ``SUPPORTED``, or needs what RTN does not have
-            (calibrated activations); the message says which.
+          ValueError: the name is not one of ``SUPPORTED``, or needs activation scales from
+            calibration; the message says which.
 
         Example:
           >>> Scheme.parse("w4a16-g128-asym").weights.group_size
@@ -99,17 +107,51 @@ class Scheme:
             return _integer_scheme(name, int(integer[1]), int(integer[2]), options)
         match head, options:
             case "nf4", _:
-                return _grouped_scheme(name, formats.NF4, options)
+                return Scheme(weights=_weights(name, formats.NF4, options, "group"))
             case "fp8", _:
                 return _fp8_scheme(name, options)
-            case "mxfp4" | "mxfp8", ([] | ["a4"] | ["a8"]):
+            case (("mxfp4" | "mxfp8"), _):
                 return _mx_scheme(name, head, options)
             case "nvfp4", []:
-                weights = WeightScheme(
-                    format=formats.E2M1, granularity="group", group_size=16, scale_format="e4m3"
+                return Scheme(
+                    weights=WeightScheme(
+                        format=formats.E2M1, granularity="group", group_size=16, scale_format="e4m3"
+                    )
                 )
-                return Scheme(name=name, weights=weights)
         raise _unknown(name)
+
+
+def _head(scheme: Scheme) -> str:
+    weights, activations = scheme.weights, scheme.activations
+    match weights.format.name, weights.scale_format:
+        case "e2m1", "e4m3":
+            return "nvfp4"
+        case "e2m1", _:
+            return "mxfp4"
+        case "e4m3", "e8m0":
+            return "mxfp8"
+        case "e4m3" | "e5m2", _:
+            return "fp8"
+        case "nf4", _:
+            return "nf4"
+    return f"w{weights.format.bits}a{activations.format.bits if activations else 16}"
+
+
+def _options(scheme: Scheme) -> list[str]:
+    weights, activations = scheme.weights, scheme.activations
+    head = _head(scheme)
+    if head in ("mxfp4", "mxfp8", "nvfp4"):
+        return [f"a{activations.format.bits}"] if activations else []
+    if head == "fp8":
+        if weights.granularity == "block":
+            return ["block"]
+        kind = "dynamic" if activations else "e5m2" if weights.format == formats.E5M2 else "a16"
+        return [kind, "tensor"] if weights.granularity == "tensor" else [kind]
+    group = weights.granularity if weights.group_size is None else f"g{weights.group_size}"
+    # A bare w8a8 or w4a8 means whole-row scales, a bare w4a4 groups.
+    bare = activations is not None and activations.format.bits == 8
+    spelled = [] if bare and weights.granularity == "channel" else [group]
+    return spelled + ([] if weights.symmetric else ["asym"])
 
 
 def _unknown(name: str) -> ValueError:
@@ -120,55 +162,43 @@ def _integer_scheme(name: str, bits: int, activation_bits: int, options: list[st
     weight_only = activation_bits == 16
     if not weight_only and (bits, activation_bits) not in ((8, 8), (4, 8), (4, 4)):
         raise _unknown(name)
-    options, asymmetric = _take(options, "asym")
+    asymmetric = options.count("asym") == 1
     if asymmetric and not weight_only:
         raise ValueError(f"{name}: integer products need symmetric weights; leave out -asym")
-    fmt = formats.format_named(f"int{bits}")
     # int8 x int8 multiplies whole rows: one scale a channel keeps the sum in integers.
     default = "group" if weight_only or activation_bits == 4 else "channel"
-    granularity, group_size = _granularity(name, fmt, options, default)
-    weights = WeightScheme(
-        format=fmt, granularity=granularity, group_size=group_size, symmetric=not asymmetric
+    weights = _weights(
+        name,
+        formats.format_named(f"int{bits}"),
+        [option for option in options if option != "asym" or not asymmetric],
+        default,
+        symmetric=not asymmetric,
     )
     if weight_only:
-        return Scheme(name=name, weights=weights)
+        return Scheme(weights=weights)
     activations = ActivationScheme(format=formats.format_named(f"int{activation_bits}"))
-    return Scheme(name=name, weights=weights, activations=activations)
-
-
-def _grouped_scheme(name: str, fmt: Format, options: list[str]) -> Scheme:
-    granularity, group_size = _granularity(name, fmt, options, "group")
-    return Scheme(
-        name=name,
-        weights=WeightScheme(format=fmt, granularity=granularity, group_size=group_size),
-    )
+    return Scheme(weights=weights, activations=activations)
 
 
 def _fp8_scheme(name: str, options: list[str]) -> Scheme:
-    match options:
-        case [] | ["dynamic"]:  # one scale a channel, one a token
-            weights = WeightScheme(format=formats.E4M3, granularity="channel")
+    match options or ["dynamic"]:
+        case ["dynamic", *rest]:
             return Scheme(
-                name="fp8-dynamic",
-                weights=weights,
+                weights=_weights(name, formats.E4M3, rest, "channel", groups=False),
                 activations=ActivationScheme(format=formats.E4M3),
             )
+        case ["a16", *rest]:
+            return Scheme(weights=_weights(name, formats.E4M3, rest, "channel", groups=False))
+        case ["e5m2", *rest]:
+            return Scheme(weights=_weights(name, formats.E5M2, rest, "channel", groups=False))
         case ["block"]:  # DeepSeek-V3, 2024, section 3.3.2: 128 x 128 weights, 1 x 128 activations
             weights = WeightScheme(format=formats.E4M3, granularity="block", group_size=128)
             activations = ActivationScheme(format=formats.E4M3, group_size=128)
-            return Scheme(name=name, weights=weights, activations=activations)
-        case ["e5m2"] | ["e5m2", "channel"]:
-            return Scheme(
-                name="fp8-e5m2", weights=WeightScheme(format=formats.E5M2, granularity="channel")
-            )
-        case ["e5m2", "tensor"]:
-            return Scheme(
-                name=name, weights=WeightScheme(format=formats.E5M2, granularity="tensor")
-            )
+            return Scheme(weights=weights, activations=activations)
         case ["static"]:
             raise ValueError(
-                "fp8-static needs activation scales from calibration, which rtn does not take; "
-                "fp8-dynamic needs none"
+                "fp8-static needs activation scales from calibration, which rounding to nearest "
+                "does not have; fp8-dynamic needs none"
             )
     raise _unknown(name)
 
@@ -177,31 +207,35 @@ def _mx_scheme(name: str, head: str, options: list[str]) -> Scheme:
     fmt = formats.E2M1 if head == "mxfp4" else formats.E4M3
     weights = WeightScheme(format=fmt, granularity="group", group_size=32, scale_format="e8m0")
     if not options:
-        return Scheme(name=name, weights=weights)
+        return Scheme(weights=weights)
     if options != [f"a{fmt.bits}"]:
         raise _unknown(name)
     activations = ActivationScheme(format=fmt, group_size=32, scale_format="e8m0")
-    return Scheme(name=name, weights=weights, activations=activations)
+    return Scheme(weights=weights, activations=activations)
 
 
-def _granularity(
-    name: str, fmt: Format, options: list[str], default: Granularity
-) -> tuple[Granularity, int | None]:
+def _weights(
+    name: str,
+    fmt: Format,
+    options: list[str],
+    default: Granularity,
+    *,
+    symmetric: bool = True,
+    groups: bool = True,
+) -> WeightScheme:
+    """The weight scheme that a granularity option, or its absence, asks for."""
     match options:
+        case [] if default != "group":
+            return WeightScheme(format=fmt, granularity=default, symmetric=symmetric)
+        case ["channel" | "tensor" as granularity]:
+            return WeightScheme(format=fmt, granularity=granularity, symmetric=symmetric)
         case []:
-            group_size = _DEFAULT_GROUP.get(fmt.name, 128) if default == "group" else None
-            return default, group_size
-        case ["channel"]:
-            return "channel", None
-        case ["tensor"]:
-            return "tensor", None
-        case [group] if re.fullmatch(r"g[1-9]\d*", group):
-            return "group", int(group[1:])
-    raise _unknown(name)
-
-
-def _take(options: list[str], word: str) -> tuple[list[str], bool]:
-    return [option for option in options if option != word], word in options
+            group_size = _DEFAULT_GROUP.get(fmt.name, 128)
+        case [group] if groups and re.fullmatch(r"g[1-9]\d*", group):
+            group_size = int(group[1:])
+        case _:
+            raise _unknown(name)
+    return WeightScheme(format=fmt, granularity="group", group_size=group_size, symmetric=symmetric)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,17 +309,19 @@ class Recipe:
 
         Example:
           >>> Recipe.from_json([[".*down_proj", "w8a16"], [".*", "w4a16"]]).rules[1].scheme.name
-          'w4a16'
+          'w4a16-g128'
         """
         if not isinstance(rules, list) or not rules:
             raise ValueError(f'{where}: expected a list like [[".*", "w4a16-g128"]]')
         parsed = []
         for entry in rules:
             match entry:
-                case [str(pattern), str(name)]:
-                    parsed.append(Rule(pattern=pattern, scheme=Scheme.parse(name)))
-                case [str(pattern), None]:
-                    parsed.append(Rule(pattern=pattern, scheme=None))
+                case [str(pattern), str() | None as name]:
+                    try:
+                        scheme = None if name is None else Scheme.parse(name)
+                        parsed.append(Rule(pattern=pattern, scheme=scheme))
+                    except ValueError as error:
+                        raise ValueError(f"{where}: {error}") from error
                 case _:
                     raise ValueError(
                         f"{where}: expected [path regex, scheme name or null], got {entry!r}"

@@ -42,7 +42,8 @@ def quantize(
 
     Raises:
       ValueError: NaN in ``w`` (checked where values are known, outside jit), a group size that does
-        not divide the contraction axis, or no axis left to divide.
+        not divide the contraction axis, no axis left to divide, or an array that is empty or no
+        floats.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (256, 64))
@@ -51,6 +52,8 @@ def quantize(
       ((256, 64), 8704, (2, 64))
     """
     parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    if w.size == 0 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"{name}: need floats to quantize, got {w.dtype} of shape {w.shape}")
     axes = _contraction(w.ndim, axis, name)
     tile = tile_of(w.shape, parsed.weights, axes, name)
     q, has_nan = _quantize(w, parsed, axes, tile, search)
@@ -100,7 +103,7 @@ def tile_of(
             if not free:
                 raise ValueError(f"{name}: blocks need two axes, got shape {shape}")
             sides = {axis[-1] % ndim, free[-1]}
-            return tuple(min(size, n) if i in sides else 1 for i, n in enumerate(shape))
+            return tuple(size if i in sides else 1 for i in range(ndim))
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "axis", "tile", "search"))

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a compressed-tensors directory: quantized layers become QTensors, bit for bit.
+
+A layer is quantized if the directory has its `weight_scale`; the configuration says how. So a layer
+that a sloppy configuration targets but that was left plain is plain.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from qjax_models import Decoder
+from qjax_models.names import hf_tensors
+
+from qjax import formats, nnx_layers
+from qjax.qtensor import QTensor
+from qjax_checkpoints.compressed_tensors import layouts
+from qjax_checkpoints.compressed_tensors.config import (
+    QuantizationConfig,
+    is_dynamic,
+    read_activations,
+    read_config,
+)
+from qjax_checkpoints.compressed_tensors.layouts import LayerSpec
+from qjax_checkpoints.directory import ModelDirectory
+from qjax_checkpoints.parameters import abstract_model, fill, place
+
+_SUFFIXES = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_shape",
+    "weight_g_idx",
+)
+# Scales of static activations and of the KV cache: not used, and said so in the notes.
+_UNUSED = (
+    ".input_scale",
+    ".input_zero_point",
+    ".input_global_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+)
+_FORMATS = {
+    ("int", 2): formats.INT2,
+    ("int", 3): formats.INT3,
+    ("int", 4): formats.INT4,
+    ("int", 8): formats.INT8,
+    ("float", 4): formats.E2M1,
+    ("float", 8): formats.E4M3,
+}
+
+
+def load_compressed(
+    directory: ModelDirectory, dtype: DTypeLike | None
+) -> tuple[Decoder, tuple[str, ...]]:
+    """Loads a model that compressed-tensors can hold.
+
+    Args:
+        directory: the open directory; its configuration has a `quantization_config`.
+        dtype: what plain tensors are cast to, and the logical dtype of quantized layers; codes and
+            scales stay as they are stored.
+
+    Returns:
+        The model, and a line for everything that was read with a difference.
+
+    Raises:
+        ValueError: the configuration or a tensor cannot be read, or they do not fit each other; the
+            message names the layer.
+    """
+    config = read_config(directory.config["quantization_config"], str(directory.path))
+    model = abstract_model(directory, dtype)
+    wanted = hf_tensors(model)
+    quantized = _quantized_layers(directory)
+    parts = {f"{layer}.{suffix}" for layer in quantized for suffix in _SUFFIXES}
+    fill(
+        model,
+        directory,
+        wanted={name: value for name, value in wanted.items() if name not in parts},
+        names=[name for name in directory if name not in parts and not name.endswith(_UNUSED)],
+        dtype=dtype,
+    )
+    layers = dict(nnx_layers.quantizable_layers(model))
+    notes = list(config.notes)
+    static = 0
+    for name in quantized:
+        layer = layers.get(name.replace(".", "/"))
+        try:
+            static += not is_dynamic(_install(directory, config, name, layer))
+        except ValueError as error:
+            raise ValueError(f"{directory.path}: layer {name}: {error}") from error
+    if static:
+        notes.append(
+            f"{static} layers have static input scales, which are not used: "
+            "their inputs are quantized from their own values"
+        )
+    return model, tuple(notes)
+
+
+def _quantized_layers(directory: ModelDirectory) -> list[str]:
+    """The layers of which the directory has scales, in file order."""
+    ending = ".weight_scale"
+    return [name.removesuffix(ending) for name in directory if name.endswith(ending)]
+
+
+def _install(
+    directory: ModelDirectory, config: QuantizationConfig, name: str, layer: nnx.Module | None
+) -> Mapping[str, Any] | None:
+    """Reads one layer into its place; returns its activation arguments."""
+    if not isinstance(layer, nnx.Linear):
+        raise ValueError("has a weight_scale, but the model has no linear layer of this name")
+    group = config.group_of(name)
+    if group is None:
+        raise ValueError("has a weight_scale, but no entry of config_groups targets it")
+    tensors = {
+        suffix: directory.tensor(f"{name}.{suffix}")
+        for suffix in _SUFFIXES
+        if f"{name}.{suffix}" in directory
+    }
+    inputs, outputs = layer.kernel.get_value().shape
+    spec = LayerSpec(
+        **_weight_spec(group.weights, (inputs, outputs)),
+        dtype=np.dtype(layer.kernel.get_value().dtype),
+        activations=read_activations(group.activations),
+    )
+    place(layer, layer.kernel, _decode(tensors, spec))
+    for suffix in tensors:
+        directory.release(f"{name}.{suffix}")
+    return group.activations
+
+
+def _weight_spec(arguments: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
+    """Returns the fields of a LayerSpec that the weight arguments decide."""
+    number = (arguments.get("type", "int"), arguments.get("num_bits", 8))
+    if number not in _FORMATS:
+        raise ValueError(f"weights of type {number[0]} with {number[1]} bits cannot be read")
+    inputs, outputs = shape
+    size = arguments.get("group_size")
+    match _strategy(arguments):
+        case "tensor":
+            tile = (inputs, outputs)
+        case "channel":
+            tile = (inputs, 1)
+        case "group" | "tensor_group" if isinstance(size, int) and size > 0:
+            tile = (min(size, inputs), 1)
+        case "block" if len(arguments.get("block_structure") or ()) == 2:
+            rows, columns = arguments["block_structure"]
+            tile = (columns, rows)
+        case strategy:
+            raise ValueError(f"weights with strategy {strategy!r}, {size=} cannot be read")
+    return {
+        "format": _FORMATS[number],
+        "shape": shape,
+        "tile": tile,
+        "symmetric": arguments.get("symmetric") is not False,
+    }
+
+
+def _strategy(arguments: Mapping[str, Any]) -> str:
+    """Returns the strategy, which may be left to follow from the group size."""
+    if arguments.get("strategy"):
+        return arguments["strategy"]
+    size = arguments.get("group_size")
+    return "tensor" if size is None else "group" if size > 0 else "channel"
+
+
+def _decode(tensors: dict[str, np.ndarray], spec: LayerSpec) -> QTensor:
+    """Checks a layer's tensors and decodes them."""
+    _check_order(tensors, spec)
+    if tuple(tensors.pop("weight_shape", spec.shape[::-1])) != spec.shape[::-1]:
+        raise ValueError(f"weight_shape is not the {list(spec.shape[::-1])} of config.json")
+    if spec.symmetric:
+        tensors.pop("weight_zero_point", None)
+    needed = {"weight_scale", "weight_packed" if "weight_packed" in tensors else "weight"}
+    if not spec.symmetric:
+        needed.add("weight_zero_point")
+    if spec.format == formats.E2M1 and tensors["weight_scale"].dtype != np.uint8:
+        needed.add("weight_global_scale")
+    if set(tensors) != needed:
+        raise ValueError(f"needs {sorted(needed)}, has {sorted(tensors)}")
+    arrays = {}
+    for suffix, tensor in tensors.items():
+        if suffix in ("weight", "weight_packed") and tensor.dtype != spec.code_dtype(suffix):
+            raise ValueError(
+                f"{suffix} is {tensor.dtype}, {spec.format.name} needs {spec.code_dtype(suffix)}"
+            )
+        expected = spec.stored_shape(suffix, tensor.dtype)
+        if tensor.size != np.prod(expected):
+            raise ValueError(
+                f"{suffix} has shape {list(tensor.shape)}, {spec.format.name} in tiles of "
+                f"{list(spec.tile[::-1])} needs {list(expected)}"
+            )
+        # A copy: the CPU device would keep the mapped file itself as its buffer.
+        arrays[suffix] = jnp.asarray(np.array(tensor).reshape(expected))
+    return layouts.decode(arrays, spec)
+
+
+def _check_order(tensors: dict[str, np.ndarray], spec: LayerSpec) -> None:
+    """Accepts the groups of a `weight_g_idx` only where they are in order."""
+    order = tensors.pop("weight_g_idx", None)
+    plain = np.arange(spec.shape[0]) // spec.tile[0]
+    if order is not None and not np.array_equal(order, plain) and not np.all(order == -1):
+        raise ValueError("its groups are in activation order (weight_g_idx), which is not read")

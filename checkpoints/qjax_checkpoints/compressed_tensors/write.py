@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a model as compressed-tensors: QTensors in its layouts, everything else as it is."""
+
+from typing import Any
+
+from flax import nnx
+from qjax_models import Decoder
+
+from qjax import QTensor, nnx_layers
+from qjax_checkpoints.compressed_tensors import layouts
+from qjax_checkpoints.compressed_tensors.config import write_config
+from qjax_checkpoints.parameters import pending_parameter, stored_values
+from qjax_checkpoints.shards import PendingTensor
+
+_HEAD = "lm_head"
+
+
+def compressed(model: Decoder) -> tuple[dict[str, PendingTensor], dict[str, Any]]:
+    """Returns the tensors of a model and its `quantization_config`.
+
+    Raises:
+        ValueError: no layer is quantized, or one in a way that no format holds; the message names
+            the layer.
+    """
+    tensors: dict[str, PendingTensor] = {}
+    layers: dict[str, QTensor] = {}
+    for name, layout, value in stored_values(model):
+        if isinstance(value, QTensor):
+            layer = name.removesuffix(".weight")
+            layers[layer] = value
+            tensors |= {f"{layer}.{key}": part for key, part in _encoded(layer, value).items()}
+        else:
+            tensors[name] = pending_parameter(value, layout)
+    if not layers:
+        raise ValueError("no layer is quantized; --format dense writes a plain model")
+    return tensors, write_config(layers, _plain_layers(model, layers))
+
+
+def _encoded(layer: str, q: QTensor) -> dict[str, PendingTensor]:
+    try:
+        return layouts.encode(q)
+    except ValueError as error:
+        raise ValueError(
+            f"layer {layer}: compressed-tensors: {error}; --format orbax holds everything"
+        ) from error
+
+
+def _plain_layers(model: Decoder, quantized: dict[str, QTensor]) -> list[str]:
+    """The linear layers of the PyTorch model that stay plain."""
+    linear = [
+        path.replace("/", ".")
+        for path, layer in nnx_layers.quantizable_layers(model)
+        if isinstance(layer, nnx.Linear)
+    ]
+    # A tied head is a linear layer there, though here it is just the token table.
+    names = linear if _HEAD in linear else [*linear, _HEAD]
+    return [name for name in names if name not in quantized]

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qjax's own directory: arrays by Orbax, and beside them what arrays cannot say.
+
+    config.json, tokenizer.json, ...    as in the directory that the model came from
+    qjax.json                           format version; shapes, dtypes, each QTensor's static part
+    arrays/                             the Orbax checkpoint: parameter path -> array, or -> codes,
+                                        scale, zero and tensor_scale of a QTensor
+
+It holds whatever a QTensor can be, in the layout in which the model computes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.typing import DTypeLike
+from qjax_models import Decoder
+
+from qjax import QTensor, formats, nnx_layers
+from qjax.scheme import ActivationScheme
+from qjax_checkpoints.directory import CONFIG_FILE
+from qjax_checkpoints.json_file import read_json, write_json
+from qjax_checkpoints.parameters import named_variables, place, read_decoder_config
+
+DESCRIPTION_FILE = "qjax.json"
+_ARRAYS = "arrays"
+_VERSION = 1
+_LEAVES = ("codes", "scale", "zero", "tensor_scale")  # of a QTensor; the last two may be absent
+
+
+def write_orbax(folder: Path, model: Decoder) -> None:
+    """Writes the arrays of a model and their description into an existing directory."""
+    arrays, parameters = {}, {}
+    for path, variable in named_variables(model).items():
+        value = variable.get_value()
+        arrays[path] = _leaves(value) if isinstance(value, QTensor) else value
+        parameters[path] = _describe(value) if isinstance(value, QTensor) else _abstract(value)
+    description = {
+        "format": "qjax",
+        "version": _VERSION,
+        # What activations are computed in; the parameters' own dtypes stand with them.
+        "dtype": str(np.dtype(model.model.activations)),
+        "parameters": parameters,
+    }
+    # In a thread of its own Orbax does not see an interrupt: seeing one, it would leave threads that
+    # go on writing while the directory is being removed. Leaving the pool waits for the writing.
+    with futures.ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(_write_arrays, folder / _ARRAYS, arrays).result()
+    write_json(folder / DESCRIPTION_FILE, description)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), arrays)
+
+
+def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, Any]]:
+    """Loads a directory that `write_orbax` wrote.
+
+    Args:
+        path: the directory.
+        dtype: what plain arrays are cast to, and the logical dtype of QTensors; None: as stored.
+
+    Returns:
+        The model and its `config.json`.
+
+    Raises:
+        ValueError: written by a newer qjax, an incomplete or broken directory, or parameters other
+            than `config.json` describes.
+    """
+    description = _read_description(path / DESCRIPTION_FILE)
+    config = read_json(path / CONFIG_FILE)
+    shape = read_decoder_config(config, where=path)
+    model = Decoder.abstract(shape, description["dtype"] if dtype is None else dtype)
+    parameters = description["parameters"]
+    variables = named_variables(model)
+    _check_parameters(path, parameters, {p: v.get_value().shape for p, v in variables.items()})
+    arrays = _restore(path / _ARRAYS, parameters, dtype)
+    layers = dict(nnx_layers.quantizable_layers(model))
+    for name, entry in parameters.items():
+        if "format" not in entry:
+            variables[name].set_value(arrays[name])
+            continue
+        q = _assemble(entry, arrays[name], dtype)
+        place(layers[name.rpartition("/")[0]], variables[name], q)
+    return model, config
+
+
+def _leaves(q: QTensor) -> dict[str, jax.Array]:
+    present = {name: getattr(q, name) for name in _LEAVES}
+    return {name: leaf for name, leaf in present.items() if leaf is not None}
+
+
+def _abstract(array: jax.Array) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def _describe(q: QTensor) -> dict[str, Any]:
+    """Returns everything of a QTensor but its arrays."""
+    entry: dict[str, Any] = {
+        "format": q.format.name,
+        "shape": list(q.shape),
+        "dtype": str(np.dtype(q.dtype)),
+        "axis": list(q.axis),
+        "tile": list(q.tile),
+        "leaves": {name: _abstract(leaf) for name, leaf in _leaves(q).items()},
+    }
+    if q.activations is not None:
+        entry["activations"] = dataclasses.asdict(q.activations) | {
+            "format": q.activations.format.name
+        }
+    return entry
+
+
+def _assemble(
+    entry: Mapping[str, Any], leaves: Mapping[str, jax.Array], dtype: DTypeLike | None
+) -> QTensor:
+    """Inverse of `_leaves` and `_describe` together."""
+    activations = entry.get("activations")
+    if activations is not None:
+        format = formats.format_named(activations["format"])
+        activations = ActivationScheme(**(activations | {"format": format}))
+    return QTensor(
+        **leaves,
+        format=formats.format_named(entry["format"]),
+        axis=tuple(entry["axis"]),
+        tile=tuple(entry["tile"]),
+        shape=tuple(entry["shape"]),
+        dtype=entry["dtype"] if dtype is None else dtype,
+        activations=activations,
+    )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    description = read_json(path)
+    version = description.get("version")
+    if description.get("format") != "qjax" or not isinstance(version, int):
+        raise ValueError(f"{path}: not the description of a qjax directory")
+    if version > _VERSION:
+        raise ValueError(
+            f"{path}: version {version} of the format, this qjax reads up to {_VERSION}; update qjax"
+        )
+    if not isinstance(description.get("parameters"), dict) or "dtype" not in description:
+        raise ValueError(f"{path}: needs dtype and parameters")
+    return description
+
+
+def _check_parameters(
+    path: Path, parameters: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Checks that the description and `config.json` mean the same model."""
+    if different := sorted(set(parameters) ^ set(shapes)):
+        raise ValueError(
+            f"{path / DESCRIPTION_FILE}: does not fit {CONFIG_FILE}: {len(different)} parameters "
+            f"are only in one of them, such as {different[0]}"
+        )
+    for name, shape in shapes.items():
+        if tuple(parameters[name]["shape"]) != shape:
+            raise ValueError(
+                f"{path / DESCRIPTION_FILE}: {name} has shape {parameters[name]['shape']}, "
+                f"{CONFIG_FILE} asks for {list(shape)}"
+            )
+
+
+def _restore(path: Path, parameters: Mapping[str, Any], dtype: DTypeLike | None) -> dict[str, Any]:
+    """Restores all arrays; the plain ones are cast on the way."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def abstract(entry: Mapping[str, Any], cast: DTypeLike | None) -> jax.ShapeDtypeStruct:
+        stored = entry["dtype"] if cast is None else cast
+        return jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(stored), sharding=sharding)
+
+    tree = {
+        name: {leaf: abstract(part, None) for leaf, part in entry["leaves"].items()}
+        if "leaves" in entry
+        else abstract(entry, dtype)
+        for name, entry in parameters.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), tree)
+    except (ValueError, OSError, KeyError) as error:
+        first = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path}: the Orbax arrays cannot be restored: {first}") from error

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder's parameters under their Hugging Face names: read from a directory, handed to a writer.
+
+On the way in a tensor goes from the mapped file straight into its place on the device, transposed if
+it is a linear layer's; then its pages of the file are given back. So loading holds the model and one
+tensor, never a second copy.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from qjax_models import Decoder, DecoderConfig, config_from_hf
+from qjax_models.names import Layout, hf_tensors
+
+from qjax import QTensor, nnx_layers
+from qjax_checkpoints.directory import ModelDirectory
+from qjax_checkpoints.shards import PendingTensor, pending
+
+_TOKEN_TABLE = "model.embed_tokens.weight"
+_TIED_HEAD = "lm_head.weight"
+# Buffers that older releases saved; they follow from the configuration.
+_DERIVED = ".rotary_emb.inv_freq"
+
+
+def read_decoder_config(config: Mapping[str, Any], *, where: Path) -> DecoderConfig:
+    """Returns the decoder's shape that a `config.json` describes.
+
+    Raises:
+        ValueError: no supported architecture, or an incomplete configuration.
+    """
+    try:
+        return config_from_hf(dict(config))
+    except ValueError as error:  # it knows the key, not the file
+        raise ValueError(f"{where}: {error}") from error
+
+
+def abstract_model(directory: ModelDirectory, dtype: DTypeLike | None) -> Decoder:
+    """Returns the decoder that a directory describes, without arrays.
+
+    Args:
+        directory: the open directory.
+        dtype: of parameters and activations; None: that of the stored token table.
+    """
+    config = read_decoder_config(directory.config, where=directory.path)
+    if dtype is None:
+        # Without 64-bit mode JAX holds float64 tensors in float32.
+        dtype = jax.dtypes.canonicalize_dtype(directory.entry(_TOKEN_TABLE).dtype)
+    return Decoder.abstract(config, dtype)
+
+
+def load_plain(directory: ModelDirectory, dtype: DTypeLike | None) -> Decoder:
+    """Loads a model whose tensors are all plain arrays.
+
+    Args:
+        directory: the open directory.
+        dtype: what every tensor is cast to; None leaves each as it is stored.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or of a shape that the configuration forbids.
+    """
+    model = abstract_model(directory, dtype)
+    fill(model, directory, wanted=hf_tensors(model), names=list(directory), dtype=dtype)
+    return model
+
+
+def fill(
+    model: Decoder,
+    directory: ModelDirectory,
+    *,
+    wanted: Mapping[str, tuple[str, Layout]],
+    names: Collection[str],
+    dtype: DTypeLike | None,
+) -> None:
+    """Puts plain tensors of a directory into an abstract model.
+
+    Args:
+        model: with shapes where the arrays will be; changed in place.
+        directory: where the tensors are.
+        wanted: the parameters to fill, as `hf_tensors` gives them.
+        names: the tensors of the directory that are meant to fill them, all of them.
+        dtype: what every tensor is cast to; None leaves each as it is stored.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or of a shape that the configuration forbids.
+    """
+    _check_names(directory, wanted, names)
+    variables = named_variables(model)
+    for name, (path, layout) in wanted.items():
+        _check_shape(directory, name, layout, variables[path].get_value().shape)
+    for name, (path, layout) in wanted.items():
+        array = _on_device(directory.tensor(name), layout, dtype)
+        variables[path].set_value(array.block_until_ready())
+        directory.release(name)
+
+
+def stored_values(model: Decoder) -> Iterator[tuple[str, Layout, jax.Array | QTensor]]:
+    """Yields what a model holds: Hugging Face name, layout there, array or QTensor."""
+    variables = named_variables(model)
+    for name, (path, layout) in hf_tensors(model).items():
+        yield name, layout, variables[path].get_value()
+
+
+def pending_parameter(array: jax.Array, layout: Layout) -> PendingTensor:
+    """Returns an array as it goes into a file: a linear kernel transposed."""
+    return pending(jnp.transpose if layout == "linear" else _same, array)
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
+
+
+def place(layer: nnx_layers.QuantizableLayer, weight: nnx.Variable, q: QTensor) -> None:
+    """Puts a QTensor into a layer of an abstract model.
+
+    Args:
+        layer: the layer.
+        weight: the layer's kernel or embedding.
+        q: of the weight's shape.
+    """
+    weight.set_value(q)  # `install` reads what is there, and cannot read an abstract array
+    nnx_layers.install(layer, q)
+
+
+def named_variables(model: Decoder) -> dict[str, nnx.Variable]:
+    """Returns the variables of a model by their slash-joined path."""
+    return {
+        "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable)
+    }
+
+
+def _on_device(tensor: np.ndarray, layout: Layout, dtype: DTypeLike | None) -> jax.Array:
+    """Copies a mapped tensor to the device, in the model's layout."""
+    source = tensor.T if layout == "linear" else tensor
+    if source.flags.c_contiguous:
+        # A CPU device would take the mapped file itself for its buffer, and the model would change
+        # or crash with the file.
+        source = source.copy()
+    array = jax.device_put(source)
+    return array if dtype is None else array.astype(dtype)
+
+
+def _check_names(
+    directory: ModelDirectory, wanted: Mapping[str, object], names: Collection[str]
+) -> None:
+    """Checks that the directory holds the model's parameters and nothing else."""
+    present = set(names)
+    if missing := [name for name in wanted if name not in present]:
+        raise ValueError(
+            f"{directory.path}: {len(missing)} tensors are missing: {_listed(missing)}"
+        )
+    extra = [name for name in names if name not in wanted and not name.endswith(_DERIVED)]
+    if _TIED_HEAD in extra:
+        _check_tied_head(directory)
+        extra.remove(_TIED_HEAD)
+    if extra:
+        raise ValueError(
+            f"{directory.path}: {len(extra)} tensors are not part of the model that config.json "
+            f"describes: {_listed(extra)}"
+        )
+
+
+def _check_tied_head(directory: ModelDirectory) -> None:
+    """Checks that an output head stored although it is tied is the token table."""
+    head, table = directory.tensor(_TIED_HEAD), directory.tensor(_TOKEN_TABLE)
+    same = head.dtype == table.dtype and head.shape == table.shape
+    if not same or not np.array_equal(_words(head), _words(table)):
+        raise ValueError(
+            f"{directory.path}: config.json ties the output head to the token table, "
+            f"but {_TIED_HEAD} differs from {_TOKEN_TABLE}; set tie_word_embeddings to false"
+        )
+    directory.release(_TIED_HEAD)
+
+
+def _words(tensor: np.ndarray) -> np.ndarray:
+    """The bits of a tensor as integers: equal also where it has NaN."""
+    return tensor.view(f"u{tensor.dtype.itemsize}")
+
+
+def _check_shape(
+    directory: ModelDirectory, name: str, layout: Layout, shape: tuple[int, ...]
+) -> None:
+    """Checks a tensor's shape against the parameter's."""
+    stored = directory.entry(name).shape
+    expected = shape[::-1] if layout == "linear" else shape
+    if stored != expected:
+        raise ValueError(
+            f"{directory.path}: tensor {name} has shape {list(stored)}, "
+            f"config.json asks for {list(expected)}"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few names and how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door out: a model directory, whole or not at all."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from qjax_models import Decoder
+from qjax_models.names import Layout
+
+from qjax import QTensor, dequantize
+from qjax_checkpoints.atomic import check_writable, new_directory
+from qjax_checkpoints.checkpoint import Checkpoint
+from qjax_checkpoints.compressed_tensors.write import compressed
+from qjax_checkpoints.directory import CONFIG_FILE
+from qjax_checkpoints.json_file import write_json
+from qjax_checkpoints.orbax_directory import write_orbax
+from qjax_checkpoints.parameters import pending_parameter, stored_values
+from qjax_checkpoints.shards import SHARD_BYTES, PendingTensor, pending, write_weights
+
+FORMATS = ("compressed-tensors", "orbax", "dense")
+
+REPORT_FILE = "qjax_report.json"
+# What describes a model beside its weights and its configuration.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template*",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+
+
+def save(
+    model: Decoder,
+    source: Checkpoint,
+    out: Path,
+    format: str,
+    report: Mapping[str, Any] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model with everything that belongs to it.
+
+    Args:
+        model: the model to write; it may hold QTensors.
+        source: where it came from: its configuration, tokenizer and licence go along.
+        out: the directory to make; it must not exist. It appears when everything is written.
+        format: one of `FORMATS`. `compressed-tensors` and `dense` (plain arrays, QTensors
+            dequantized) are Hugging Face directories; `orbax` is qjax's own, it holds everything.
+        report: written beside the weights as `qjax_report.json`.
+        shard_bytes: size above which Hugging Face weights are split.
+
+    Raises:
+        ValueError: no such format, `out` exists or cannot be made, the format does not hold a layer
+            (named), or the disk is full. Nothing is left then.
+    """
+    check_writable(out)
+    config = _plain_config(model, source.config)
+    tensors: dict[str, PendingTensor] = {}
+    match format:
+        case "compressed-tensors":
+            tensors, config["quantization_config"] = compressed(model)
+        case "dense":
+            for name, layout, value in stored_values(model):
+                tensors[name] = _pending_dense(value, layout)
+        case "orbax":
+            pass  # Orbax takes the model as it is
+        case _:
+            raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
+    with new_directory(out) as folder:
+        _copy_companions(source.path, folder)
+        write_json(folder / CONFIG_FILE, config)
+        if report is not None:
+            write_json(folder / REPORT_FILE, dict(report))
+        if format == "orbax":
+            write_orbax(folder, model)
+        else:
+            write_weights(folder, tensors, shard_bytes=shard_bytes)
+
+
+def _plain_config(model: Decoder, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the configuration of the model as if nothing were quantized, with its dtype."""
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    dtype = str(np.dtype(model.model.activations))
+    # transformers before version 5 calls it torch_dtype.
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    return config | dict.fromkeys(keys, dtype)
+
+
+def _pending_dense(value: jax.Array | QTensor, layout: Layout) -> PendingTensor:
+    if not isinstance(value, QTensor):
+        return pending_parameter(value, layout)
+    return pending(_dequantized_kernel if layout == "linear" else dequantize, value)
+
+
+def _dequantized_kernel(q: QTensor) -> jax.Array:
+    return jnp.transpose(dequantize(q))
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)

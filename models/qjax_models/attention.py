@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention over grouped heads, as functions of arrays.
+
+    out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s,   s <= t and, with a window, s > t - window
+
+Query head n reads key/value head n // G, G = N / K, without repeating keys or values in memory.
+Scores and their softmax are float32 whatever the inputs are.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+AttentionImplementation = Literal["by_row", "batched", "cudnn"]
+
+MIN_QUERY_BLOCK = 128
+MAX_QUERY_BLOCKS = 8  # unrolled in the program, so more of them only lengthen compilation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRule:
+    """How one layer turns dot products into scores, and which keys it may see."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None  # tokens seen, the query's own included
+
+
+def default_implementation() -> AttentionImplementation:
+    """`by_row` on a CPU (the scores of one row stay in its caches), else `batched`."""
+    return "by_row" if jax.default_backend() == "cpu" else "batched"
+
+
+def causal_attention(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    rule: ScoreRule,
+    implementation: AttentionImplementation,
+) -> Float[Array, "B T N H"]:
+    """Attention of a whole sequence to itself.
+
+    Args:
+        queries: rotated queries.
+        keys: rotated keys.
+        values: what is averaged.
+        rule: scale, soft cap and window.
+        implementation: `by_row` works through the rows one after the other, `batched` on all at once,
+            `cudnn` calls the fused kernel (NVIDIA GPU, 16-bit inputs, no soft cap).
+
+    Raises:
+        ValueError: `cudnn` was asked for with a soft cap, which it does not have.
+    """
+    if implementation == "cudnn":
+        return _cudnn_attention(queries, keys, values, rule)
+    attend = partial(_attend_in_blocks, rule=rule)
+    if implementation == "by_row":
+        return lax.map(lambda row: attend(*row), (queries, keys, values))
+    return jax.vmap(attend)(queries, keys, values)
+
+
+def cached_attention(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "BK S H"],
+    values: Float[Array, "BK S H"],
+    positions: Int[Array, "B T"],
+    rule: ScoreRule,
+) -> Float[Array, "B T N H"]:
+    """Attention of new tokens to a cache that already holds them; slot s holds position s."""
+    batch = queries.shape[0]
+    num_kv_heads = keys.shape[0] // batch
+    grouped = jax.vmap(_grouped, in_axes=(0, None))(queries, num_kv_heads)
+    visible = jax.vmap(_visible, in_axes=(0, None, None))(
+        positions, jnp.arange(keys.shape[1]), rule.window
+    )
+    visible = jnp.repeat(visible, num_kv_heads, axis=0)[:, None]
+    heads = _attend(grouped.reshape(-1, *grouped.shape[2:]), keys, values, visible, rule)
+    return jax.vmap(_ungrouped)(heads.reshape(grouped.shape))
+
+
+def _cudnn_attention(queries, keys, values, rule: ScoreRule) -> Float[Array, "B T N H"]:
+    if rule.softcap is not None:
+        raise ValueError(
+            f"attention 'cudnn' has no soft cap (this layer caps at {rule.softcap}): use 'batched'"
+        )
+    return jax.nn.dot_product_attention(
+        queries,
+        keys,
+        values,
+        scale=rule.scale,
+        is_causal=True,
+        local_window_size=None if rule.window is None else (rule.window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def _attend_in_blocks(
+    queries: Float[Array, "T N H"],
+    keys: Float[Array, "T K H"],
+    values: Float[Array, "T K H"],
+    rule: ScoreRule,
+) -> Float[Array, "T N H"]:
+    """One row, a block of queries at a time against the keys that the block can see at all."""
+    length, num_kv_heads = keys.shape[:2]
+    grouped = _grouped(queries, num_kv_heads)
+    keys, values = keys.swapaxes(0, 1), values.swapaxes(0, 1)
+    block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    outputs = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first = 0 if rule.window is None else max(0, start - rule.window + 1)
+        visible = _visible(jnp.arange(start, stop), jnp.arange(first, stop), rule.window)
+        seen = slice(first, stop)
+        block_queries = grouped[:, :, start:stop]
+        outputs.append(_attend(block_queries, keys[:, seen], values[:, seen], visible, rule))
+    return _ungrouped(jnp.concatenate(outputs, axis=2))
+
+
+def _attend(
+    queries: Float[Array, "K G T H"],
+    keys: Float[Array, "K S H"],
+    values: Float[Array, "K S H"],
+    visible: Bool[Array, "*#heads T S"],
+    rule: ScoreRule,
+) -> Float[Array, "K G T H"]:
+    """Softmax attention of T queries to S keys; every query must see at least one key.
+
+    The K heads may be those of several rows.
+    """
+    num_kv_heads, group, length, head_size = queries.shape
+    # One matrix product per key/value head: the G queries of a position are rows like any other.
+    rows = queries.reshape(num_kv_heads, group * length, head_size)
+    scores = jnp.einsum("kth,ksh->kts", rows, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(num_kv_heads, group, length, -1) * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(values.dtype).reshape(num_kv_heads, group * length, -1)
+    # Dividing the H features after the sum is cheaper than the S weights before it.
+    sums = jnp.einsum("kts,ksh->kth", weights, values, preferred_element_type=jnp.float32)
+    return (sums.reshape(num_kv_heads, group, length, head_size) / total).astype(queries.dtype)
+
+
+def _visible(
+    queries: Int[Array, " T"], keys: Int[Array, " S"], window: int | None
+) -> Bool[Array, "T S"]:
+    """Which key positions each query position may see."""
+    distance = queries[:, None] - keys[None, :]
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
+
+
+def _grouped(heads: Float[Array, "T N H"], num_kv_heads: int) -> Float[Array, "K G T H"]:
+    length, _, head_size = heads.shape
+    return heads.reshape(length, num_kv_heads, -1, head_size).transpose(1, 2, 0, 3)
+
+
+def _ungrouped(heads: Float[Array, "K G T H"]) -> Float[Array, "T N H"]:
+    num_kv_heads, group, length, head_size = heads.shape
+    return heads.transpose(2, 0, 1, 3).reshape(length, num_kv_heads * group, head_size)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What distinguishes one decoder from another, as one value.
+
+All supported families are the same residual stack of attention and gated MLP; a `DecoderConfig` says
+how wide it is and which of the family's small differences (norm offsets, soft caps, windows, ...) apply.
+The defaults are those of a plain Llama, so a family only states what it does differently.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qjax_models.rope import Rope
+
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape and the arithmetic of one decoder.
+
+    Raises:
+        ValueError: when the sizes do not fit together.
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=64, hidden_size=32, mlp_size=48, num_layers=2,
+        ...                        num_heads=4, num_kv_heads=2, head_size=8, max_positions=128)
+        >>> config.queries_per_kv_head, config.is_sliding(0), round(config.attention_scale, 4)
+        (2, False, 0.3536)
+    """
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    mlp_size: int  # F
+    num_layers: int
+    num_heads: int  # N, query heads
+    num_kv_heads: int  # K, key/value heads; divides N
+    head_size: int  # H, even; N * H need not be D
+    max_positions: int  # longest sequence the model was made for, in tokens
+
+    activation: Activation = "silu"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # norms multiply by (norm_offset + weight); Gemma stores weight - 1
+    post_norms: bool = False  # also normalize each block's output before it is added (Gemma)
+    query_key_norm: bool = False  # normalize every query and key head before rotation
+
+    qkv_bias: bool = False
+    output_bias: bool = False  # of o_proj
+    mlp_bias: bool = False
+    fused_projections: bool = False  # one qkv_proj and one gate_up_proj (Phi-3)
+
+    rope: Rope = Rope()
+    sliding_rope: Rope | None = None  # of sliding layers; None: the same as `rope`
+    sliding_window: int | None = None  # tokens a sliding layer sees, itself included
+    sliding_layers: tuple[int, ...] = ()  # indices of the layers that slide
+
+    query_scale: float | None = None  # scores are multiplied by it; None: 1 / sqrt(H)
+    attention_softcap: float | None = None  # scores become cap * tanh(scores / cap)
+    logit_softcap: float | None = None
+
+    tied_embeddings: bool = False  # the output head is the token table
+    embedding_scale: float = 1.0  # token embeddings are multiplied by it
+    initializer_std: float = 0.02  # of random weights
+
+    def __post_init__(self) -> None:
+        """Checks that the sizes fit together."""
+        for name in ("vocab_size", "hidden_size", "mlp_size", "num_layers", "num_heads"):
+            _require_positive(name, getattr(self, name))
+        for name in ("num_kv_heads", "head_size", "max_positions"):
+            _require_positive(name, getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_size={self.head_size} must be even for rotary positions")
+        if self.sliding_layers and self.sliding_window is None:
+            raise ValueError("sliding_layers are given but sliding_window is None")
+        if self.sliding_window is not None:
+            _require_positive("sliding_window", self.sliding_window)
+        outside = [index for index in self.sliding_layers if not 0 <= index < self.num_layers]
+        if outside:
+            raise ValueError(f"sliding_layers {outside} lie outside 0..{self.num_layers - 1}")
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        """How many query heads share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor on attention scores."""
+        return self.head_size**-0.5 if self.query_scale is None else self.query_scale
+
+    def is_sliding(self, layer: int) -> bool:
+        """Whether layer number `layer` sees only the last `sliding_window` tokens."""
+        return layer in self.sliding_layers
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens layer number `layer` sees; None: all."""
+        return self.sliding_window if self.is_sliding(layer) else None
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} must be positive")

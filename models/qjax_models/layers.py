@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a decoder block, built from stock Flax layers.
+
+Attribute names are those of the Hugging Face tensors, so that a parameter's path is its name there.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from qjax_models import dot
+from qjax_models.attention import (
+    AttentionImplementation,
+    ScoreRule,
+    cached_attention,
+    causal_attention,
+    default_implementation,
+)
+from qjax_models.cache import LayerKV
+from qjax_models.config import Activation, DecoderConfig
+from qjax_models.rope import Rotation, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """In which types a decoder is held and computed, and by which attention."""
+
+    dtype: DTypeLike = jnp.float32  # of the parameters
+    compute_dtype: DTypeLike | None = None  # of activations; None: the same as `dtype`
+    attention: AttentionImplementation = field(default_factory=default_implementation)
+
+    @property
+    def activations(self) -> DTypeLike:
+        """The type that flows from layer to layer."""
+        return self.dtype if self.compute_dtype is None else self.compute_dtype
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    use_bias: bool,
+    std: float,
+    numerics: Numerics,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A stock linear layer in the decoder's types."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=numerics.activations,
+        param_dtype=numerics.dtype,
+        kernel_init=nnx.initializers.normal(std),
+        dot_general=dot.dot_general,
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalization of the last axis.
+
+    y = x / sqrt(mean(x^2) + eps) * (offset + weight), in float32, rounded once to x's type.
+
+    References:
+        Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, https://arxiv.org/abs/1910.07467.
+    """
+
+    def __init__(self, size: int, config: DecoderConfig, numerics: Numerics):
+        """A norm that starts as the identity scale."""
+        self.weight = nnx.Param(jnp.full((size,), 1.0 - config.norm_offset, numerics.dtype))
+        self.eps = config.norm_eps
+        self.offset = config.norm_offset
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Normalizes the last axis."""
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        scale = self.offset + self.weight[...].astype(jnp.float32)
+        return (normed * scale).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, layer: int, numerics: Numerics, rngs: nnx.Rngs):
+        """Attention of layer number `layer`, whose window depends on the number."""
+        self.config = config
+        self.rule = ScoreRule(
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            window=config.window(layer),
+        )
+        self.implementation: AttentionImplementation = numerics.attention
+        query_size = config.num_heads * config.head_size
+        kv_size = config.num_kv_heads * config.head_size
+
+        def project(in_features: int, out_features: int, use_bias: bool) -> nnx.Linear:
+            return linear(
+                in_features,
+                out_features,
+                use_bias=use_bias,
+                std=config.initializer_std,
+                numerics=numerics,
+                rngs=rngs,
+            )
+
+        if config.fused_projections:
+            self.qkv_proj = project(config.hidden_size, query_size + 2 * kv_size, config.qkv_bias)
+        else:
+            self.q_proj = project(config.hidden_size, query_size, config.qkv_bias)
+            self.k_proj = project(config.hidden_size, kv_size, config.qkv_bias)
+            self.v_proj = project(config.hidden_size, kv_size, config.qkv_bias)
+        self.o_proj = project(query_size, config.hidden_size, config.output_bias)
+        if config.query_key_norm:
+            self.q_norm = RMSNorm(config.head_size, config, numerics)
+            self.k_norm = RMSNorm(config.head_size, config, numerics)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Rotation,
+        positions: Int[Array, "#B T"],
+        cached: LayerKV | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerKV]:
+        """Lets tokens attend to each other, or to a cache after writing themselves into it.
+
+        Args:
+            x: the tokens' features.
+            angles: of their positions.
+            positions: of the tokens in their rows.
+            cached: what this layer remembers; None: x is the whole sequence.
+
+        Returns:
+            The mixed features, and the layer's keys and values: of x alone, or of the whole cache.
+        """
+        queries, keys, values = self._heads(x)
+        queries, keys = rotate(queries, angles), rotate(keys, angles)
+        new = LayerKV(_head_major(keys), _head_major(values))
+        if cached is None:
+            mixed = causal_attention(queries, keys, values, self.rule, self.implementation)
+        else:
+            new = cached.write(new, positions)
+            mixed = cached_attention(queries, new.keys, new.values, positions, self.rule)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), new
+
+    def _heads(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Query, key and value heads before rotation."""
+        config = self.config
+        if config.fused_projections:
+            heads = self.qkv_proj(x).reshape(*x.shape[:2], -1, config.head_size)
+            ends = (config.num_heads, config.num_heads + config.num_kv_heads)
+            queries, keys, values = jnp.split(heads, ends, axis=2)
+        else:
+            queries, keys, values = (
+                project(x).reshape(*x.shape[:2], -1, config.head_size)
+                for project in (self.q_proj, self.k_proj, self.v_proj)
+            )
+        if config.query_key_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        return queries, keys, values
+
+
+def _head_major(heads: Float[Array, "B T K H"]) -> Float[Array, "BK T H"]:
+    batch, length, num_heads, size = heads.shape
+    return heads.swapaxes(1, 2).reshape(batch * num_heads, length, size)
+
+
+class GatedMLP(nnx.Module):
+    """y = down(activation(gate(x)) * up(x)).
+
+    References:
+        Shazeer, GLU Variants Improve Transformer, 2020, https://arxiv.org/abs/2002.05202.
+    """
+
+    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+        """The family's choice of activation, biases and fusion."""
+        self.activation: Activation = config.activation
+        self.fused = config.fused_projections
+
+        def project(in_features: int, out_features: int) -> nnx.Linear:
+            return linear(
+                in_features,
+                out_features,
+                use_bias=config.mlp_bias,
+                std=config.initializer_std,
+                numerics=numerics,
+                rngs=rngs,
+            )
+
+        if self.fused:
+            self.gate_up_proj = project(config.hidden_size, 2 * config.mlp_size)
+        else:
+            self.gate_proj = project(config.hidden_size, config.mlp_size)
+            self.up_proj = project(config.hidden_size, config.mlp_size)
+        self.down_proj = project(config.mlp_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Transforms each token by itself."""
+        if self.fused:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(activate(self.activation, gate) * up)
+
+
+def activate(kind: Activation, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The named activation."""
+    match kind:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+
+
+class PreNormBlock(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, layer: int, numerics: Numerics, rngs: nnx.Rngs):
+        """Block number `layer`."""
+        self.input_layernorm = RMSNorm(config.hidden_size, config, numerics)
+        self.self_attn = Attention(config, layer, numerics, rngs)
+        # The published name: it follows the attention, but normalizes the input of the MLP.
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, numerics)
+        self.mlp = GatedMLP(config, numerics, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Rotation,
+        positions: Int[Array, "#B T"],
+        cached: LayerKV | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerKV]:
+        """One block; arguments as those of `Attention`."""
+        mixed, kv = self.self_attn(self.input_layernorm(x), angles, positions, cached)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class SandwichNormBlock(nnx.Module):
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
+    def __init__(self, config: DecoderConfig, layer: int, numerics: Numerics, rngs: nnx.Rngs):
+        """Block number `layer`."""
+        self.input_layernorm = RMSNorm(config.hidden_size, config, numerics)
+        self.self_attn = Attention(config, layer, numerics, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, numerics)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, numerics)
+        self.mlp = GatedMLP(config, numerics, rngs)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, numerics)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Rotation,
+        positions: Int[Array, "#B T"],
+        cached: LayerKV | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerKV]:
+        """One block; arguments as those of `Attention`."""
+        mixed, kv = self.self_attn(self.input_layernorm(x), angles, positions, cached)
+        x = x + self.post_attention_layernorm(mixed)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), kv

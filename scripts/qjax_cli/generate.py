@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continue a prompt. The text goes to stdout as it comes, the speed to stderr.
+
+Example:
+  qjax generate ./Llama-3.2-1B-w4 --prompt "The capital of France is" --max-new 32
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from qjax_checkpoints.load import load
+from qjax_checkpoints.tokenizer import load_tokenizer
+from qjax_models.generate import Generator, Timing
+from qjax_models.sampling import Sampling
+
+from qjax_cli.console import Console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("source", metavar="SRC", type=Path, help="model directory")
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to continue")
+    parser.add_argument(
+        "--max-new", metavar="N", type=int, default=64, help="tokens at most (default 64)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument("--top-k", metavar="K", type=int, help="sample among the K likeliest")
+    parser.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        default=1.0,
+        help="sample among the fewest tokens that together have this probability",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Generates and tells the speed."""
+    if args.max_new < 1:
+        raise ValueError(f"--max-new {args.max_new}: at least one token")
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    checkpoint = load(args.source)
+    for line in checkpoint.notes:
+        console.note(line)
+    tokenizer = load_tokenizer(args.source, vocab_size=checkpoint.model.config.vocab_size)
+    prompt = tokenizer.encode(args.prompt)
+    generator = Generator(
+        checkpoint.model,
+        capacity=len(prompt) + args.max_new,
+        sampling=sampling,
+        stop_tokens=tokenizer.eos_ids,
+    )
+    timings: list[Timing] = []
+    pieces: list[str] = []
+
+    def tokens() -> Iterator[int]:
+        for progress in generator.stream([prompt], args.max_new, seed=args.seed):
+            timings.append(progress.timing)
+            yield from progress.new_tokens[0]
+
+    for piece in tokenizer.stream(tokens()):
+        pieces.append(piece)
+        console.text(piece)
+    console.text("\n")
+    timing = timings[-1]
+    values = {
+        "text": "".join(pieces),
+        "prompt_tokens": timing.prefill_tokens,
+        "new_tokens": timing.decode_tokens + 1,
+        "prefill_tokens_per_second": timing.prefill_tokens_per_second,
+        "decode_tokens_per_second": timing.decode_tokens_per_second,
+        "compile_seconds": timing.compile_seconds,
+    }
+    console.note(
+        f"{timing.prefill_tokens} prompt tokens at {timing.prefill_tokens_per_second:.0f}/s, "
+        f"{values['new_tokens']} new ones at {timing.decode_tokens_per_second:.0f}/s; "
+        f"compiled in {timing.compile_seconds:.1f} s"
+    )
+    console.result(values)

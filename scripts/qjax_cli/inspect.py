@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each layer of a model holds: scheme, shape, bytes, bits a weight, and what multiplies it here.
+
+Example:
+  qjax inspect ./Llama-3.2-1B-w4
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+from flax import nnx
+from qjax_checkpoints.load import load
+
+from qjax import nnx_layers, ops
+from qjax.qtensor import QTensor
+from qjax_cli.console import Console, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("source", metavar="SRC", type=Path, help="model directory")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Reads the directory and prints a line a layer."""
+    checkpoint = load(args.source)
+    layers = [
+        _layer(path, nnx_layers.weight_of(layer))
+        for path, layer in nnx_layers.quantizable_layers(checkpoint.model)
+    ]
+    state = nnx.state(checkpoint.model)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    weights = sum(layer["elements"] for layer in layers)
+    values = {
+        "kind": checkpoint.kind,
+        "layers": layers,
+        "bytes": total,
+        "bits_per_weight": 8 * sum(layer["bytes"] for layer in layers) / weights,
+        "notes": list(checkpoint.notes),
+    }
+    rows = [
+        [
+            layer["path"],
+            layer["scheme"] or layer["dtype"],
+            " x ".join(map(str, layer["shape"])),
+            f"{layer['bytes']:,}",
+            f"{layer['bits_per_weight']:.3f}",
+            layer["runs_as"],
+        ]
+        for layer in layers
+    ]
+    summary = (
+        f"{checkpoint.kind}: {len(layers)} layers, {total / 2**20:.2f} MiB in all, "
+        f"{values['bits_per_weight']:.3f} bits a weight"
+    )
+    headings = ("layer", "scheme", "shape", "bytes", "bits", "runs here as")
+    console.result(values, table(headings, rows, left=2), summary, *checkpoint.notes)
+
+
+def _layer(path: str, w: jax.Array | QTensor) -> dict:
+    quantized = isinstance(w, QTensor)
+    return {
+        "path": path,
+        "scheme": w.scheme.name if quantized else None,
+        "dtype": str(w.dtype),
+        "shape": list(w.shape),
+        "elements": w.size,
+        "bytes": w.nbytes,
+        "bits_per_weight": 8 * w.nbytes / w.size,
+        "runs_as": ops.form(w),
+    }

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `qjax` command: finds the subcommand, turns what goes wrong into one line and an exit code.
+
+Only the subcommand that was called is imported, so that `qjax --help` does not wait for JAX.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qjax_cli.console import Console
+
+# Name, module, and the line that `qjax --help` shows.
+COMMANDS = {
+    "demo": ("qjax_cli.demo.command", "the main job on the model that ships with qjax"),
+    "quantize": ("qjax_cli.quantize", "make a smaller model directory"),
+    "eval": ("qjax_cli.eval", "perplexity on text or tokens, and distance from a baseline"),
+    "generate": ("qjax_cli.generate", "continue a prompt"),
+    "inspect": ("qjax_cli.inspect", "what each layer holds and how it is multiplied"),
+}
+
+FAILED, BAD_ARGUMENTS, INTERRUPTED = 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong with the arguments and exits with 2."""
+        self.exit(BAD_ARGUMENTS, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      argv: the arguments; those of the process if None.
+
+    Returns:
+      0, 1 when the job failed, 130 when it was interrupted; bad arguments exit with 2.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, rest = _subcommand(arguments)
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = Parser(
+        prog=f"qjax {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, nothing else"
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(rest)
+    console = Console(json_only=args.json)
+    try:
+        module.run(args, console)
+    except (ValueError, OSError, NotImplementedError, MemoryError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"qjax {name}: error: {line}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"qjax {name}: interrupted, nothing half-written is left", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _subcommand(arguments: list[str]) -> tuple[str, list[str]]:
+    commands = "\n".join(f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items())
+    parser = Parser(
+        prog="qjax",
+        usage="qjax COMMAND [options]",
+        description="Quantize JAX/Flax models, run them, take them to and from Hugging Face.",
+        epilog=f"commands:\n{commands}\n\n"
+        "example:\n  qjax quantize ./Llama-3.2-1B ./Llama-3.2-1B-w4 --scheme w4a16-g128\n\n"
+        "qjax COMMAND --help tells the rest.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments[:1]).command, arguments[1:]
+
+
+if __name__ == "__main__":
+    # JAX's compiler logs to stderr, where users look for our one line.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.exit(main())

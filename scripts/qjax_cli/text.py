@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From text files or token files to the windows that a model is measured on."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+from qjax_checkpoints.tokenizer import TextTokenizer
+
+
+def windows_of_files(
+    files: list[Path], tokenizer: TextTokenizer, length: int
+) -> Int32[np.ndarray, "n length"]:
+    """Tokenizes text files, one after the other, and cuts the tokens into windows.
+
+    Args:
+      files: UTF-8 text.
+      tokenizer: the model's own.
+      length: tokens of a window.
+
+    Raises:
+      ValueError: a file is missing or no UTF-8, or there are fewer than two tokens in all.
+    """
+    return windows("\n".join(_read(file) for file in files), tokenizer, length)
+
+
+def windows(text: str, tokenizer: TextTokenizer, length: int) -> Int32[np.ndarray, "n length"]:
+    """Cuts the tokens of a text into windows; a short text is one short window.
+
+    Tokens after the last whole window are left out.
+
+    Raises:
+      ValueError: fewer than two tokens.
+    """
+    tokens = np.asarray(tokenizer.encode(text), np.int32)
+    if len(tokens) < 2:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens; two are needed, for the first is not predicted"
+        )
+    length = min(length, len(tokens))
+    count = len(tokens) // length
+    return tokens[: count * length].reshape(count, length)
+
+
+def windows_of_array(file: Path, vocab_size: int, length: int) -> Int32[np.ndarray, "n length"]:
+    """Reads windows from a `.npy` file of shape `[n, length]`, int32.
+
+    Args:
+      file: the array file.
+      vocab_size: of the model; every token must lie below it.
+      length: longer windows are cut to this many tokens.
+
+    Raises:
+      ValueError: the file is no such array, or holds tokens that the model does not know.
+    """
+    try:
+        tokens = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{file}: not a .npy array: {error}") from error
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"{file}: need int32 of shape [n, length], got {tokens.dtype} of {tokens.shape}"
+        )
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(
+            f"{file}: tokens from {tokens.min()} to {tokens.max()}, the model knows 0 to "
+            f"{vocab_size - 1}"
+        )
+    return tokens[:, :length].astype(np.int32)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error

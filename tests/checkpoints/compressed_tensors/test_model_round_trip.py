@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models out and in again, and each way in which a directory can contradict itself."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from qjax_checkpoints.load import load
+from qjax_checkpoints.parameters import stored_values
+from qjax_checkpoints.safetensors_file import open_safetensors
+from qjax_checkpoints.save import save
+from qjax_checkpoints.shards import pending_array, write_safetensors
+
+from qjax import Recipe, dequantize, quantize_model
+from qjax.nnx_layers import quantized_layers
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def assert_same_model(a, b) -> None:
+    pairs = zip(stored_values(a), stored_values(b), strict=True)
+    for (name, _, x), (other, _, y) in pairs:
+        assert name == other and jax.tree.structure(x) == jax.tree.structure(y), name
+        for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+            assert p.dtype == q.dtype and np.asarray(p).tobytes() == np.asarray(q).tobytes(), name
+
+
+@pytest.fixture
+def write(quantizable_llama, tmp_path):
+    """Quantizes the tiny Llama and writes it; returns the model and the directory."""
+
+    def write(recipe):
+        model, _ = quantize_model(quantizable_llama.model, recipe)
+        save(model, quantizable_llama, tmp_path / "out", "compressed-tensors")
+        return model, tmp_path / "out"
+
+    return write
+
+
+def config_of(path) -> dict:
+    return json.loads((path / "config.json").read_text())["quantization_config"]
+
+
+def change_config(path, **changes) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def change_tensors(path, drop=(), **arrays) -> None:
+    """Rewrites the weights; by our reader, because the safetensors package cannot read float8."""
+    file = open_safetensors(path / "model.safetensors")
+    tensors = {name: np.array(file.tensor(name)) for name in file.entries} | arrays
+    kept = {name: pending_array(array) for name, array in tensors.items() if name not in drop}
+    write_safetensors(path / "model.safetensors", kept)
+
+
+def message(path) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["w4a16-g16-asym", "w3a16-channel", "w8a8", "w4a8-g32", "fp8-dynamic", "mxfp4"],
+)
+def test_round_trip(write, scheme):
+    model, path = write(scheme)
+    checkpoint = load(path)
+    assert checkpoint.kind == "compressed-tensors" and checkpoint.notes == ()
+    assert_same_model(model, checkpoint.model)
+    tokens = jnp.arange(12)[None]
+    np.testing.assert_array_equal(model(tokens), checkpoint.model(tokens))
+
+
+def test_blocks_larger_than_the_layers(write):
+    """A group of activations that is a whole token is written as a token's."""
+    model, path = write("fp8-block")
+    assert config_of(path)["config_groups"]["group_0"]["weights"]["block_structure"] == [128, 128]
+    loaded = load(path).model
+    tokens = jnp.arange(12)[None]
+    np.testing.assert_array_equal(model(tokens), loaded(tokens))
+    for a, b in zip(
+        quantized_layers(model).values(), quantized_layers(loaded).values(), strict=True
+    ):
+        assert b.activations is not None and b.activations.group_size is None
+        assert a.tile == b.tile
+        np.testing.assert_array_equal(dequantize(a), dequantize(b))
+
+
+def test_nvfp4_round_trip(write):
+    """The file holds the reciprocal of the tensor scale, which costs its last bit."""
+    model, path = write("nvfp4")
+    for (_, a), (_, b) in zip(
+        quantized_layers(model).items(), quantized_layers(load(path).model).items(), strict=True
+    ):
+        np.testing.assert_array_equal(a.codes, b.codes)
+        np.testing.assert_allclose(a.tensor_scale, b.tensor_scale, rtol=2**-23)
+
+
+def test_minimal_configuration(write):
+    _, path = write("w4a16-g16")
+    assert config_of(path) == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": 16,
+                    "dynamic": False,
+                },
+            }
+        },
+        "ignore": ["lm_head"],
+    }
+
+
+def test_input_activations(write):
+    _, path = write("w4a8-channel")
+    group = config_of(path)["config_groups"]["group_0"]
+    assert group["format"] == "pack-quantized"  # else compressed-tensors guesses int-quantized
+    assert group["input_activations"] == {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "dynamic": True,
+        "strategy": "token",
+    }
+
+
+def test_several_groups(write):
+    rules = [[".*down_proj", "w8a16-channel"], [".*q_proj", "fp8"], [".*o_proj", None]]
+    model, path = write(Recipe.from_json([*rules, [".*", "w4a16-g16-asym"]]))
+    config = config_of(path)
+    assert config["format"] == "mixed-precision"
+    formats = {}
+    for group in config["config_groups"].values():
+        formats |= dict.fromkeys(group["targets"], group["format"])
+    assert formats["model.layers.1.mlp.down_proj"] == "pack-quantized"
+    assert formats["model.layers.1.self_attn.q_proj"] == "float-quantized"
+    assert sorted(config["ignore"]) == [
+        "lm_head",
+        *(f"model.layers.{i}.self_attn.o_proj" for i in range(2)),
+    ]
+    assert len(formats) + len(config["ignore"]) == 15  # every linear layer once
+    assert_same_model(model, load(path).model)
+
+
+def test_a_tied_head_is_ignored(tiny_llama, tmp_path):
+    source = load(tiny_llama(tie_word_embeddings=True)[0])
+    model, _ = quantize_model(source.model, "w4a16-g16")
+    save(model, source, tmp_path / "out", "compressed-tensors")
+    assert config_of(tmp_path / "out")["ignore"] == ["lm_head"]
+    assert_same_model(model, load(tmp_path / "out").model)
+
+
+def test_a_quantized_head(write):
+    model, path = write(Recipe.from_json([["lm_head", "w8a16-channel"], [".*", "w4a16-g16"]]))
+    assert config_of(path)["ignore"] == []
+    assert_same_model(model, load(path).model)
+
+
+@pytest.mark.parametrize("asked", [jnp.float32, jnp.bfloat16])
+def test_asked_dtype_leaves_codes_and_scales(write, asked):
+    model, path = write("w4a16-g16")
+    loaded = load(path, asked).model
+    a = quantized_layers(model)["model/layers/0/mlp/up_proj"]
+    b = quantized_layers(loaded)["model/layers/0/mlp/up_proj"]
+    np.testing.assert_array_equal(a.codes, b.codes)
+    assert b.dtype == asked and b.scale.dtype == jnp.float32
+    assert loaded.model.embed_tokens.embedding[...].dtype == asked
+    np.testing.assert_array_equal(dequantize(a).astype(asked), dequantize(b))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"), [("nf4-g16", "no format holds nf4"), ("fp8-e5m2", "no format holds e5m2")]
+)
+def test_refused_schemes_name_the_layer(write, tmp_path, scheme, reason):
+    with pytest.raises(ValueError) as caught:
+        write(scheme)
+    assert str(caught.value) == (
+        f"layer model.layers.0.mlp.down_proj: compressed-tensors: {reason}; "
+        "--format orbax holds everything"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_embedding(write):
+    rules = [[".*embed_tokens", "w8a16-channel"], [".*", "w4a16-g16"]]
+    with pytest.raises(
+        ValueError, match="layer model.embed_tokens: compressed-tensors: only linear"
+    ):
+        write(Recipe.from_json(rules))
+
+
+def test_nothing_quantized(quantizable_llama, tmp_path):
+    with pytest.raises(ValueError, match="no layer is quantized; --format dense writes a plain"):
+        save(quantizable_llama.model, quantizable_llama, tmp_path / "out", "compressed-tensors")
+
+
+# Reading what others write.
+
+
+def group_with(path, targets):
+    group = config_of(path)["config_groups"]["group_0"]
+    return group | {"targets": targets}
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["Linear"],
+        [r"re:.*_proj$"],
+        [r"re:model\.layers\.\d+\.(self_attn|mlp)\..*"],
+        ["re:.*mlp.*", "re:.*self_attn.*"],
+    ],
+)
+def test_targets(write, targets):
+    model, path = write("w4a16-g16")
+    change_config(path, config_groups={"any": group_with(path, targets)}, ignore=["re:.*lm_head"])
+    assert_same_model(model, load(path).model)
+
+
+def test_nulls_and_unknown_keys(write):
+    model, path = write("w4a16-g16")
+    group = group_with(path, ["Linear"])
+    group["weights"] |= {"observer": "minmax", "observer_kwargs": {}, "zp_dtype": None, "new": 1}
+    group |= {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
+    change_config(
+        path,
+        config_groups={"group_0": group},
+        version="0.99",
+        kv_cache_scheme=None,
+        sparsity_config={},
+        global_compression_ratio=None,
+        ignore=None,
+    )
+    assert_same_model(model, load(path).model)
+
+
+def test_the_exact_name_wins(write):
+    _, path = write("w4a16-g16")
+    group = group_with(path, ["Linear"])
+    wrong = group | {"weights": group["weights"] | {"num_bits": 8}}
+    change_config(path, config_groups={"a": wrong, "b": group | {"targets": [r"re:.*_proj"]}})
+    load(path)
+    change_config(path, config_groups={"b": group | {"targets": [r"re:.*_proj"]}, "a": wrong})
+    load(path)
+    change_config(path, config_groups={"a": wrong})
+    assert "weight_packed has shape" in message(path) and "int8 in tiles of" in message(path)
+
+
+def test_a_targeted_layer_left_plain(write, quantizable_llama):
+    """The tensors decide: a configuration may target more than was quantized."""
+    _, path = write(Recipe.from_json([[".*o_proj", None], [".*", "w4a16-g16"]]))
+    change_config(path, ignore=[])
+    loaded = load(path).model
+    np.testing.assert_array_equal(
+        loaded.model.layers[0].self_attn.o_proj.kernel[...],
+        quantizable_llama.model.model.layers[0].self_attn.o_proj.kernel[...],
+    )
+
+
+def test_static_scales_and_cache_scales_are_noted(write):
+    model, path = write("fp8")
+    group = group_with(path, ["Linear"])
+    static = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    change_config(
+        path,
+        config_groups={"g": group | {"input_activations": static}},
+        kv_cache_scheme={"num_bits": 8, "type": "float"},
+    )
+    one = np.ones(1, np.float32)
+    change_tensors(path, **{f"{Q_PROJ}.input_scale": one, "model.layers.0.self_attn.k_scale": one})
+    checkpoint = load(path)
+    assert checkpoint.notes == (
+        "kv_cache_scheme is not used: the cache stays unquantized",
+        "14 layers have static input scales, which are not used: "
+        "their inputs are quantized from their own values",
+    )
+    assert_same_model(model, checkpoint.model)
+
+
+def test_other_methods_are_named(write):
+    _, path = write("w4a16-g16")
+    change_config(path, quant_method="gptq")
+    assert message(path) == (
+        f"{path}: quantized by 'gptq'; of quantized models only compressed-tensors can be read"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"config_groups": {}}, "quantization_config has no config_groups"),
+        ({"config_groups": {"g": {"weights": {}}}}, "g needs targets and weights"),
+        ({"format": "marlin-24"}, "the compressed-tensors format 'marlin-24' cannot be read"),
+        (
+            {"config_groups": {"g": {"targets": ["Conv"], "weights": {"num_bits": 4}}}},
+            "no entry of config_groups targets it",
+        ),
+        (
+            {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 6}}}},
+            "weights of type int with 6 bits cannot be read",
+        ),
+        (
+            {"config_groups": {"g": {"targets": ["Linear"], "weights": {"strategy": "block"}}}},
+            "weights with strategy 'block', size=None cannot be read",
+        ),
+    ],
+)
+def test_configurations_that_cannot_be_read(write, changes, expected):
+    _, path = write("w4a16-g16")
+    change_config(path, **changes)
+    assert expected in message(path) and str(path) in message(path)
+
+
+def test_missing_zero_points(write):
+    _, path = write("w4a16-g16-asym")
+    change_tensors(path, drop=[f"{Q_PROJ}.weight_zero_point"])
+    assert (
+        f"layer {Q_PROJ}: needs ['weight_packed', 'weight_scale', 'weight_zero_point']"
+        in message(path)
+    )
+
+
+def test_missing_layer(write):
+    _, path = write("w4a16-g16")
+    change_tensors(path, drop=[f"{Q_PROJ}.weight_{s}" for s in ("packed", "scale", "shape")])
+    assert f"1 tensors are missing: {Q_PROJ}.weight" in message(path)
+
+
+def test_wrong_scale_shape(write):
+    _, path = write("w4a16-g16")
+    change_tensors(path, **{f"{Q_PROJ}.weight_scale": np.ones((32, 3), np.float32)})
+    assert (
+        f"layer {Q_PROJ}: weight_scale has shape [32, 3], int4 in tiles of [1, 16] needs [32, 2]"
+    ) in message(path)
+
+
+def test_codes_of_another_dtype(write):
+    """What a `frozen` checkpoint holds: scales beside weights that are floats still."""
+    _, path = write("w8a8")
+    change_tensors(path, **{f"{Q_PROJ}.weight": np.ones((32, 32), np.float32)})
+    assert f"layer {Q_PROJ}: weight is float32, int8 needs int8" in message(path)
+
+
+def test_wrong_weight_shape(write):
+    _, path = write("w4a16-g16")
+    change_tensors(path, **{f"{Q_PROJ}.weight_shape": np.array([32, 64])})
+    assert "weight_shape is not the [32, 32] of config.json" in message(path)
+
+
+def test_group_order(write):
+    model, path = write("w4a16-g16")
+    order = np.arange(32, dtype=np.int32) // 16
+    change_tensors(path, **{f"{Q_PROJ}.weight_g_idx": order})
+    assert_same_model(model, load(path).model)
+    change_tensors(path, **{f"{Q_PROJ}.weight_g_idx": order[::-1].copy()})
+    assert f"layer {Q_PROJ}: its groups are in activation order" in message(path)
+
+
+def test_scales_of_an_unknown_layer(write):
+    _, path = write("w4a16-g16")
+    change_tensors(path, **{"model.visual.weight_scale": np.ones(1, np.float32)})
+    assert "layer model.visual: has a weight_scale, but the model has no linear layer" in message(
+        path
+    )

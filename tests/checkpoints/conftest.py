@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny checkpoints, written with numpy alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from qjax_checkpoints.checkpoint import Checkpoint
+from qjax_checkpoints.load import load
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "eos_token_id": 1,
+}
+
+
+def shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a Llama."""
+    width, mlp = config["hidden_size"], config["intermediate_size"]
+    query = config["num_attention_heads"] * config["head_dim"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    table = (config["vocab_size"], width)
+    result = {"model.embed_tokens.weight": table, "model.norm.weight": (width,)}
+    if not config["tie_word_embeddings"]:
+        result["lm_head.weight"] = table
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        result |= {
+            f"{prefix}self_attn.q_proj.weight": (query, width),
+            f"{prefix}self_attn.k_proj.weight": (kv, width),
+            f"{prefix}self_attn.v_proj.weight": (kv, width),
+            f"{prefix}self_attn.o_proj.weight": (width, query),
+            f"{prefix}mlp.gate_proj.weight": (mlp, width),
+            f"{prefix}mlp.up_proj.weight": (mlp, width),
+            f"{prefix}mlp.down_proj.weight": (width, mlp),
+            f"{prefix}input_layernorm.weight": (width,),
+            f"{prefix}post_attention_layernorm.weight": (width,),
+        }
+    return result
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, np.ndarray]]]:
+    """Writes a tiny random Llama; returns its directory and its tensors."""
+
+    def write(dtype: type = np.float32, **changes) -> tuple[Path, dict[str, np.ndarray]]:
+        config = CONFIG | {"torch_dtype": np.dtype(dtype).name} | changes
+        rng = np.random.default_rng(0)
+        tensors = {
+            name: (rng.standard_normal(shape) * 0.2).astype(np.float32).astype(dtype)
+            for name, shape in shapes(config).items()
+        }
+        path = tmp_path / "llama"
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config))
+        safetensors.numpy.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        return path, tensors
+
+    return write
+
+
+@pytest.fixture
+def quantizable_llama(tiny_llama) -> Checkpoint:
+    """A tiny Llama, loaded, whose layers have whole groups of 16 and 32 inputs."""
+    path, _ = tiny_llama(intermediate_size=64)
+    (path / "tokenizer.json").write_text('{"tokenizer": true}')
+    (path / "tokenizer_config.json").write_text("{}")
+    (path / "generation_config.json").write_text("{}")
+    (path / "LICENSE").write_text("free")
+    (path / "training.log").write_text("noise")
+    return load(path)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qjax's own directory holds every scheme, bit for bit, and says what it cannot read."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from qjax_checkpoints.load import load
+from qjax_checkpoints.parameters import stored_values
+from qjax_checkpoints.save import save
+
+from qjax import Recipe, quantize_model
+from qjax.nnx_layers import quantized_layers
+
+SCHEMES = [
+    "w4a16-g16",
+    "w3a16-g16-asym",
+    "w2a16-channel",
+    "nf4-g16",
+    "w8a8",
+    "fp8-dynamic",
+    "fp8-block",
+    "fp8-e5m2",
+    "mxfp8-a8",
+    "nvfp4",
+]
+
+
+def assert_same_model(a, b) -> None:
+    pairs = zip(stored_values(a), stored_values(b), strict=True)
+    for (name, _, x), (other, _, y) in pairs:
+        assert name == other and jax.tree.structure(x) == jax.tree.structure(y), name
+        for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+            assert p.dtype == q.dtype and np.asarray(p).tobytes() == np.asarray(q).tobytes(), name
+
+
+@pytest.fixture
+def write(quantizable_llama, tmp_path):
+    def write(recipe):
+        model, _ = quantize_model(quantizable_llama.model, recipe)
+        save(model, quantizable_llama, tmp_path / "out", "orbax")
+        return model, tmp_path / "out"
+
+    return write
+
+
+def message(path) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_round_trip(write, scheme):
+    model, path = write(scheme)
+    checkpoint = load(path)
+    assert checkpoint.kind == "qjax"
+    assert_same_model(model, checkpoint.model)
+
+
+def test_a_quantized_embedding(write):
+    rules = [[".*embed_tokens", "w8a16-channel"], ["lm_head", "w8a16-channel"], [".*", "w4a16-g16"]]
+    model, path = write(Recipe.from_json(rules))
+    loaded = load(path).model
+    assert_same_model(model, loaded)
+    assert "model/embed_tokens" in quantized_layers(loaded)
+    np.testing.assert_array_equal(model(jnp.arange(9)[None]), loaded(jnp.arange(9)[None]))
+
+
+def test_a_plain_model(quantizable_llama, tmp_path):
+    save(quantizable_llama.model, quantizable_llama, tmp_path / "out", "orbax")
+    assert_same_model(quantizable_llama.model, load(tmp_path / "out").model)
+
+
+def test_asked_dtype(write, quantizable_llama):
+    model, path = write("w4a16-g16")
+    loaded = load(path, jnp.bfloat16).model
+    table = quantizable_llama.model.model.embed_tokens.embedding[...]
+    np.testing.assert_array_equal(
+        loaded.model.embed_tokens.embedding[...], table.astype(jnp.bfloat16)
+    )
+    a = quantized_layers(model)["model/layers/0/mlp/up_proj"]
+    b = quantized_layers(loaded)["model/layers/0/mlp/up_proj"]
+    assert b.dtype == jnp.bfloat16 and b.scale.dtype == jnp.float32
+    np.testing.assert_array_equal(a.codes, b.codes)
+
+
+def test_newer_versions_are_refused(write):
+    _, path = write("w4a16-g16")
+    description = json.loads((path / "qjax.json").read_text())
+    (path / "qjax.json").write_text(json.dumps(description | {"version": 2}))
+    assert message(path) == (
+        f"{path}/qjax.json: version 2 of the format, this qjax reads up to 1; update qjax"
+    )
+
+
+@pytest.mark.parametrize("description", [{}, {"format": "other", "version": 1}, {"version": "1"}])
+def test_not_a_description(write, description):
+    _, path = write("w4a16-g16")
+    (path / "qjax.json").write_text(json.dumps(description))
+    assert message(path) == f"{path}/qjax.json: not the description of a qjax directory"
+
+
+def test_incomplete_description(write):
+    _, path = write("w4a16-g16")
+    (path / "qjax.json").write_text(json.dumps({"format": "qjax", "version": 1}))
+    assert message(path) == f"{path}/qjax.json: needs dtype and parameters"
+
+
+def test_missing_arrays(write):
+    _, path = write("w4a16-g16")
+    shutil.rmtree(path / "arrays")
+    assert message(path).startswith(f"{path}/arrays: the Orbax arrays cannot be restored")
+
+
+def test_broken_arrays(write):
+    _, path = write("w4a16-g16")
+    for file in (path / "arrays").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"broken")
+    assert message(path).startswith(f"{path}/arrays: the Orbax arrays cannot be restored")
+
+
+def test_another_configuration(write):
+    _, path = write("w4a16-g16")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"vocab_size": 98}))
+    assert "has shape [32, 97], config.json asks for [32, 98]" in message(path)
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert "does not fit config.json: 9 parameters are only in one of them" in message(path)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from qjax_models import attention
+from qjax_models.attention import ScoreRule, cached_attention, causal_attention
+
+
+def plain_attention(queries, keys, values, rule):
+    """The formula, one query of one head at a time, in float64."""
+    rows, length, num_heads, size = queries.shape
+    group = num_heads // keys.shape[2]
+    out = np.zeros(queries.shape)
+    for b, t, n in np.ndindex(rows, length, num_heads):
+        first = 0 if rule.window is None else max(0, t - rule.window + 1)
+        seen = slice(first, t + 1)
+        scores = rule.scale * keys[b, seen, n // group] @ queries[b, t, n]
+        if rule.softcap is not None:
+            scores = rule.softcap * np.tanh(scores / rule.softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ values[b, seen, n // group]
+    return out
+
+
+def heads(length, num_heads=4, num_kv_heads=2, size=8, rows=2, seed=0):
+    random = np.random.default_rng(seed)
+    shapes = [(rows, length, n, size) for n in (num_heads, num_kv_heads, num_kv_heads)]
+    return [random.standard_normal(shape) for shape in shapes]
+
+
+RULES = [
+    ScoreRule(scale=0.3),
+    ScoreRule(scale=1.0, softcap=2.0),
+    ScoreRule(scale=0.3, window=1),
+    ScoreRule(scale=0.3, window=5),
+    ScoreRule(scale=0.3, window=100, softcap=3.0),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("implementation", ["by_row", "batched"])
+@pytest.mark.parametrize("length", [1, 4, 13])
+def test_blocks_give_the_plain_formula(monkeypatch, rule, implementation, length):
+    monkeypatch.setattr(attention, "MIN_QUERY_BLOCK", 3)
+    queries, keys, values = heads(length)
+    found = causal_attention(*map(jnp.float32, (queries, keys, values)), rule, implementation)
+    np.testing.assert_allclose(found, plain_attention(queries, keys, values, rule), atol=2e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_cached_attention_gives_the_last_queries_of_the_plain_formula(rule, num_kv_heads):
+    queries, keys, values = heads(12, num_kv_heads=num_kv_heads)
+    expected = plain_attention(queries, keys, values, rule)
+    starts, new = np.array([9, 4]), 3
+    positions = starts[:, None] + np.arange(new)
+    rows = np.arange(2)[:, None]
+
+    def slots(x):  # leftovers beyond a row's own tokens must not be seen
+        return jnp.float32(np.pad(x, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=7.0))
+
+    def head_major(x):
+        return slots(x).swapaxes(1, 2).reshape(-1, 16, 8)
+
+    found = cached_attention(
+        jnp.float32(queries[rows, positions]),
+        head_major(keys),
+        head_major(values),
+        jnp.asarray(positions, jnp.int32),
+        rule,
+    )
+    np.testing.assert_allclose(found, expected[rows, positions], atol=2e-6)
+
+
+def test_scores_stay_finite_and_exact_for_large_values():
+    queries, keys, values = heads(6)
+    rule = ScoreRule(scale=1.0)
+    found = causal_attention(*map(jnp.float32, (100 * queries, keys, values)), rule, "by_row")
+    np.testing.assert_allclose(found, plain_attention(100 * queries, keys, values, rule), atol=2e-3)
+
+
+def test_gradients_of_both_forms_agree():
+    queries, keys, values = map(jnp.float32, heads(9))
+    rule = ScoreRule(scale=0.3, window=4, softcap=2.0)
+
+    def loss(implementation):
+        return jax.grad(lambda qkv: (causal_attention(*qkv, rule, implementation) ** 2).sum())(
+            (queries, keys, values)
+        )
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), loss("by_row"), loss("batched")
+    )
+
+
+def test_cudnn_refuses_a_soft_cap():
+    queries, keys, values = map(jnp.bfloat16, heads(2))
+    with pytest.raises(ValueError, match="no soft cap .* caps at 2.0"):
+        causal_attention(queries, keys, values, ScoreRule(scale=1.0, softcap=2.0), "cudnn")

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same weights in transformers, fresh ones for every seed."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from qjax_models import Decoder, config_from_hf
+
+pytestmark = pytest.mark.interop
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+make_golden = pytest.importorskip("make_golden")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", sorted(make_golden.CASES))
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_logits_agree(name, seed, fill_decoder):
+    theirs = make_golden.random_model(make_golden.CASES[name], seed)
+    tokens = make_golden.random_tokens(seed, length=100)
+    with torch.no_grad():
+        expected = theirs(tokens).logits.numpy()
+    config = config_from_hf(json.loads(theirs.config.to_json_string()))
+    tensors = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    ours = fill_decoder(Decoder.abstract(config), tensors)
+    found = np.asarray(nnx.jit(Decoder.__call__)(ours, jnp.asarray(tokens.numpy(), jnp.int32)))
+    assert np.linalg.norm(found - expected) < 3e-6 * np.linalg.norm(expected)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report as a value, as lines for a user, and as JSON."""
+
+import json
+
+from qjax.report import LayerReport, QuantizationReport
+
+DONE = LayerReport(path="a/up", scheme="w4a16-g128", method="rtn", shape=(256, 64), relative_output_error=0.1,
+                   bytes_before=65536, bytes_after=9216, seconds=0.5)  # fmt: skip
+LEFT = LayerReport(path="lm_head", scheme=None, method=None, shape=(64, 100), relative_output_error=None,
+                   bytes_before=25600, bytes_after=25600, seconds=0.0, reason="no rule names it")  # fmt: skip
+REPORT = QuantizationReport(layers=(DONE, LEFT), unmatched_rules=(".*down",))
+
+
+def test_what_was_done_and_what_was_not():
+    assert REPORT.quantized == (DONE,) and REPORT.unquantized == (LEFT,)
+
+
+def test_nothing_happens_silently():
+    lines = REPORT.warnings()
+    assert len(lines) == 2 and all("\n" not in line for line in lines)
+    assert "'.*down'" in lines[0]
+    assert "lm_head" in lines[1] and "no rule names it" in lines[1]
+    assert QuantizationReport(layers=(DONE,), unmatched_rules=()).warnings() == []
+
+
+def test_json():
+    read = json.loads(REPORT.dumps(), parse_constant=lambda word: 1 / 0)  # no NaN, no Infinity
+    assert read["unmatched_rules"] == [".*down"]
+    assert read["totals"] == {"layers": 2, "quantized": 1, "bytes_before": 91136, "bytes_after": 34816, "seconds": 0.5}
+    first, second = read["layers"]
+    assert first["path"] == "a/up" and first["scheme"] == "w4a16-g128" and first["shape"] == [256, 64]
+    assert second["scheme"] is None and second["relative_output_error"] is None
+    assert set(first) == {"path", "scheme", "method", "shape", "relative_output_error", "bytes_before",
+                          "bytes_after", "seconds", "reason"}  # fmt: skip
+
+
+def test_an_empty_report():
+    totals = QuantizationReport(layers=(), unmatched_rules=()).as_json()["totals"]
+    assert totals == {"layers": 0, "quantized": 0, "bytes_before": 0, "bytes_after": 0, "seconds": 0}

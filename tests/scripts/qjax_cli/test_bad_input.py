@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: one line that names what is wrong and what would be right, and nothing half-written."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+
+def fails(outcome, *words: str, status: int = 1) -> None:
+    """The command failed with one line that holds all the words."""
+    assert outcome.status == status, outcome
+    assert outcome.out == ""
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    assert "error:" in lines[0] and "Traceback" not in lines[0]
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def weights_of(source: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(source / "model.safetensors")
+
+
+def rewrite(source: Path, weights: dict[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file(weights, source / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture
+def quantize(qjax, source, tmp_path):
+    """Quantizes and checks that a failure leaves nothing behind."""
+
+    def run(scheme="w8a16-g32", *options):
+        before = set(tmp_path.iterdir())
+        outcome = qjax("quantize", source, tmp_path / "out", "--scheme", scheme, *options)
+        if outcome.status:
+            assert set(tmp_path.iterdir()) == before
+        return outcome
+
+    return run
+
+
+def test_no_such_directory(qjax, tmp_path):
+    for command in (["inspect"], ["generate", "--prompt", "x"], ["eval", "--tokens", "t.npy"]):
+        fails(qjax(*command, tmp_path / "nowhere"), "nowhere")
+
+
+def test_missing_weights(quantize, source):
+    (source / "model.safetensors").unlink()
+    fails(quantize(), "model.safetensors")
+
+
+def test_truncated_weights(quantize, source):
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    fails(quantize(), "model.safetensors", "truncated")
+
+
+def test_weights_cut_inside_the_header(quantize, source):
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    fails(quantize(), "model.safetensors")
+
+
+def test_missing_tensor(quantize, source):
+    weights = weights_of(source)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    rewrite(source, weights)
+    fails(quantize(), "model.layers.1.mlp.up_proj.weight")
+
+
+def test_index_that_names_absent_files(quantize, source):
+    (source / "model.safetensors").rename(source / "model-00001-of-00002.safetensors")
+    names = {name: "model-00002-of-00002.safetensors" for name in ("model.norm.weight",)}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    fails(quantize(), "model-00002-of-00002.safetensors")
+
+
+def edit_config(source: Path, **changes) -> None:
+    path = source / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_unknown_architecture(quantize, source):
+    edit_config(source, model_type="mamba", architectures=["MambaForCausalLM"])
+    fails(quantize(), "mamba", "llama")
+
+
+def test_missing_key(quantize, source):
+    edit_config(source, hidden_size=None)
+    fails(quantize(), "hidden_size")
+
+
+def test_config_is_no_json(quantize, source):
+    (source / "config.json").write_text("{")
+    fails(quantize(), "config.json")
+
+
+def test_group_that_does_not_divide_names_the_layer_and_what_would(quantize):
+    fails(quantize("w4a16-g48"), "model/layers/0/", "48", "64", "32")
+
+
+def test_nan_weights_name_the_layer(quantize, source):
+    weights = weights_of(source)
+    weights["model.layers.1.self_attn.k_proj.weight"][3, 5] = np.nan
+    rewrite(source, weights)
+    fails(quantize(), "model/layers/1/self_attn/k_proj", "NaN")
+
+
+def test_scheme_that_the_format_cannot_hold(quantize):
+    fails(quantize("nf4-g32"), "orbax")
+
+
+def test_output_that_exists(qjax, source, tmp_path):
+    (tmp_path / "out").mkdir()
+    fails(qjax("quantize", source, tmp_path / "out", "--scheme", "w8a16-g32"), "out", "exists")
+
+
+def test_source_that_is_quantized_already(qjax, quantize, tmp_path):
+    assert quantize().status == 0
+    again = qjax("quantize", tmp_path / "out", tmp_path / "out2", "--scheme", "w4a16-g32")
+    fails(again, "already quantized")
+
+
+def test_full_disk(source, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "qjax_cli.main", "quantize", source, out]
+    done = subprocess.run(
+        [*command, "--scheme", "w8a16-g32"],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
+    )
+    assert done.returncode == 1, done
+    assert "disk full" in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("text", ["", "x"])
+def test_text_of_less_than_two_tokens(qjax, source, tmp_path, text):
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    fails(qjax("eval", source, "--text", path), "tokens", "two")
+
+
+def test_text_that_is_no_text(qjax, source, tmp_path):
+    path = tmp_path / "text.bin"
+    path.write_bytes(b"\xff\xfe\x00")
+    fails(qjax("eval", source, "--text", path), "text.bin", "UTF-8")
+
+
+def test_missing_text(qjax, source, tmp_path):
+    fails(qjax("eval", source, "--text", tmp_path / "absent.txt"), "absent.txt")
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((3,), np.int32), np.zeros((2, 4)), np.full((2, 4), 260), np.full((2, 4), -1)]
+)
+def test_tokens_that_are_none(qjax, source, tmp_path, array):
+    np.save(tmp_path / "tokens.npy", array)
+    fails(qjax("eval", source, "--tokens", tmp_path / "tokens.npy"), "tokens.npy")
+
+
+def test_wrong_tokenizer(qjax, source, tmp_path):
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"<word{i}>": 256 + i for i in range(50)}
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    fails(qjax("generate", source, "--prompt", "x"), "tokenizer.json", "306", "260")
+
+
+def test_broken_tokenizer(qjax, source):
+    (source / "tokenizer.json").write_text("{}")
+    fails(qjax("generate", source, "--prompt", "x"), "tokenizer.json")
+
+
+def test_no_tokenizer(qjax, source):
+    (source / "tokenizer.json").unlink()
+    fails(qjax("generate", source, "--prompt", "x"), "tokenizer.json")
+
+
+def test_empty_prompt(qjax, source):
+    fails(qjax("generate", source, "--prompt", ""), "prompt")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["florb"],
+        ["quantize", "a", "b"],
+        ["quantize", "a", "b", "--scheme", "w5a16"],
+        ["quantize", "a", "b", "--scheme", "fp8-static"],
+        ["quantize", "a", "b", "--scheme", "w4a16", "--method", "magic"],
+        ["eval", "a"],
+        ["eval", "a", "--tokens", "t.npy", "--dtype", "int8"],
+        ["generate", "a"],
+        ["inspect"],
+    ],
+)
+def test_bad_arguments_end_with_two(qjax, arguments):
+    fails(qjax(*arguments), status=2)
+
+
+@pytest.mark.parametrize("rules", ["{", "[]", '[["(", "w8a8"]]', '[[".*", "w9"]]', '[["a"]]'])
+def test_bad_recipes(qjax, source, tmp_path, rules):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(rules)
+    outcome = qjax("quantize", source, tmp_path / "out", "--recipe", recipe)
+    fails(outcome)
+
+
+def test_recipe_that_matches_nothing(qjax, source, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('[["nothing", "w8a8"]]')
+    fails(qjax("quantize", source, tmp_path / "out", "--recipe", recipe), "nothing", "model/")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory in, a smaller one out, measured, inspected and generating."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (5, 24)).astype(np.int32))
+    return path
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "orbax"])
+def test_quantized_directory_is_smaller_complete_and_as_good_as_in_memory(
+    qjax, source, tokens, tmp_path, target
+):
+    out = tmp_path / "out"
+    done = qjax("quantize", source, out, "--scheme", "w8a16-g32", "--format", target, "--json")
+    assert done.status == 0, done.err
+    assert done.json["quantized"] == 14
+    assert done.json["bytes_after"] < 0.6 * done.json["bytes_before"] + 260 * 64 * 2
+
+    report = json.loads((out / "qjax_report.json").read_text())
+    by_path = {layer["path"]: layer for layer in report["layers"]}
+    mlp = by_path["model/layers/0/mlp/up_proj"]
+    assert mlp["scheme"] == "w8a16-g32" and mlp["method"] == "rtn"
+    assert mlp["bytes_after"] == 64 * 128 + 2 * 128 * 2
+    assert 0.001 < mlp["relative_output_error"] < 0.02
+    assert by_path["model/embed_tokens"]["reason"]
+    assert "model/embed_tokens" in done.err
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+    judged = qjax("eval", out, "--tokens", tokens, "--baseline", source, "--json")
+    assert judged.status == 0, judged.err
+    assert judged.json["tokens"] == 5 * 23
+    assert judged.json["perplexity"] == pytest.approx(math.exp(judged.json["nll"]))
+    assert 0 < judged.json["kl"] < 0.01
+    assert judged.json["top1_agreement"] > 0.9
+
+    seen = qjax("inspect", out, "--json").json
+    schemes = {layer["path"]: layer["scheme"] for layer in seen["layers"]}
+    assert schemes["model/layers/1/self_attn/q_proj"] == "w8a16-g32"
+    assert schemes["model/embed_tokens"] is None
+
+    spoken = qjax("generate", out, "--prompt", "abc", "--max-new", 5, "--json")
+    assert spoken.status == 0, spoken.err
+    assert spoken.json["new_tokens"] == 5 and isinstance(spoken.json["text"], str)
+
+
+def test_eval_reads_text(qjax, source, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 100, encoding="utf-8")
+    judged = qjax("eval", source, "--text", text, "--seq-len", 32, "--json")
+    assert judged.status == 0, judged.err
+    assert judged.json["tokens"] == 3 * 31  # four tokens are left over
+
+
+def test_long_rows_of_tokens_are_cut_to_seq_len(qjax, source, tokens):
+    assert qjax("eval", source, "--tokens", tokens, "--seq-len", 9, "--json").json["tokens"] == 40
+
+
+def test_recipe_file_decides_layer_by_layer(qjax, source, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(
+        json.dumps([[".*down_proj", None], [".*self_attn.*", "w4a16-g32"], [".*", "w8a8"]])
+    )
+    out = tmp_path / "out"
+    done = qjax("quantize", source, out, "--recipe", recipe)
+    assert done.status == 0, done.err
+    layers = qjax("inspect", out, "--json").json["layers"]
+    schemes = {layer["path"].rpartition("/")[2]: layer["scheme"] for layer in layers}
+    assert (schemes["down_proj"], schemes["q_proj"], schemes["up_proj"]) == (
+        None,
+        "w4a16-g32",
+        "w8a8",
+    )
+
+
+def test_generated_text_streams_to_stdout_and_speed_to_stderr(qjax, source):
+    spoken = qjax("generate", source, "--prompt", "abc", "--max-new", 4)
+    assert spoken.status == 0 and spoken.out.endswith("\n")
+    assert "/s" in spoken.err
+
+
+def test_sampling_is_seeded(qjax, source):
+    def speak(seed):
+        options = ("--temperature", 1.5, "--top-k", 50, "--seed", seed, "--json")
+        return qjax("generate", source, "--prompt", "abc", "--max-new", 12, *options).json["text"]
+
+    assert speak(1) == speak(1) != speak(2)
+
+
+@pytest.mark.parametrize("command", ["demo", "quantize", "eval", "generate", "inspect"])
+def test_every_command_explains_itself_with_an_example(qjax, command):
+    shown = qjax(command, "--help")
+    assert shown.status == 0
+    assert f"qjax {command} " in shown.out.partition("Example:")[2]
+
+
+def test_help_lists_the_commands_without_importing_jax(qjax):
+    shown = qjax("--help")
+    assert shown.status == 0
+    for command in ("demo", "quantize", "eval", "generate", "inspect"):
+        assert command in shown.out
