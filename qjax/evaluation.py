@@ -6,6 +6,7 @@ perplexity = exp(nll)
 kl = mean over predicted tokens of  sum_v p(v) (ln p(v) - ln q(v)),   p the baseline, q the model
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Logits = Callable[[Int[Array, "B T"]], Float[Array, "B T V"]]
 
@@ -75,8 +76,9 @@ def evaluate(
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"a batch holds at least one window, got {batch_size=}")
-    vocabulary = _vocabulary(model, length)
-    if baseline is not None and (other := _vocabulary(baseline, length)) != vocabulary:
+    apply, apply_baseline = _compiled(model), _compiled(baseline) if baseline else None
+    vocabulary = _vocabulary(apply, length)
+    if apply_baseline and (other := _vocabulary(apply_baseline, length)) != vocabulary:
         raise ValueError(
             f"the model knows {vocabulary} tokens, the baseline {other}: not comparable"
         )
@@ -84,14 +86,16 @@ def evaluate(
         raise ValueError(
             f"tokens lie in [{tokens.min()}, {tokens.max()}], the model knows 0 to {vocabulary - 1}"
         )
-    score = _scorer(model, baseline)
     batch_size = batch_size or max(1, _LOGITS_BYTES // (4 * length * vocabulary))
     sums = np.zeros(3)
     done = 0
     for batch, rows in _batches(tokens, batch_size):
+        logits = apply(jnp.asarray(batch))
+        scores = [_nll(logits, jnp.asarray(batch))]
+        if apply_baseline:
+            scores += _distance(logits, apply_baseline(jnp.asarray(batch)))
         # A sum over a batch in float32 would lose digits of a long text; float64 on the host does not.
-        per_token = [np.asarray(a, np.float64)[:rows] for a in score(jnp.asarray(batch))]
-        sums += [a.sum() for a in per_token]
+        sums[: len(scores)] += [np.asarray(score, np.float64)[:rows].sum() for score in scores]
         done += rows
         on_batch(done)
     predicted = count * (length - 1)
@@ -107,39 +111,42 @@ def evaluate(
     return Evaluation(nll=nll, tokens=predicted, kl=kl, top1_agreement=agreement)
 
 
-def _scorer(model: Logits, baseline: Logits | None) -> Callable[[Int[Array, "B T"]], Any]:
-    apply_model, weights = _split(model)
-    apply_baseline, baseline_weights = _split(baseline) if baseline else (None, None)
-
-    @jax.jit
-    def score(weights, baseline_weights, batch):
-        log_q = jax.nn.log_softmax(apply_model(weights, batch)[:, :-1].astype(jnp.float32))
-        nll = -jnp.take_along_axis(log_q, batch[:, 1:, None], axis=-1)[..., 0]
-        if apply_baseline is None:
-            return nll, jnp.zeros_like(nll), jnp.zeros_like(nll)
-        log_p = jax.nn.log_softmax(
-            apply_baseline(baseline_weights, batch)[:, :-1].astype(jnp.float32)
-        )
-        p = jnp.exp(log_p)
-        # A token that the baseline rules out (-inf) adds nothing, whatever the model thinks of it.
-        kl = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0), axis=-1)
-        same = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
-        return nll, kl, same.astype(jnp.float32)
-
-    return lambda batch: score(weights, baseline_weights, batch)
+# Models are compiled apart from the scores, and by their structure: a baseline that several models are
+# compared with is compiled once.
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _module_logits(graphdef: Any, state: Any, batch: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    return nnx.merge(graphdef, state)(batch)
 
 
-def _split(model: Logits) -> tuple[Callable[[Any, Array], Array], Any]:
-    """A model as a function of its weights, so that jit does not bake them in as constants."""
+@jax.jit
+def _nll(logits: Float[Array, "B T V"], batch: Int[Array, "B T"]) -> Float[Array, "B T-1"]:
+    log_q = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    return -jnp.take_along_axis(log_q, batch[:, 1:, None], axis=-1)[..., 0]
+
+
+@jax.jit
+def _distance(
+    logits: Float[Array, "B T V"], baseline: Float[Array, "B T V"]
+) -> tuple[Float[Array, "B T-1"], Bool[Array, "B T-1"]]:
+    """The divergence from the baseline at each position, and whether both have the same favourite."""
+    log_q = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    log_p = jax.nn.log_softmax(baseline[:, :-1].astype(jnp.float32))
+    p = jnp.exp(log_p)
+    # A token that the baseline rules out (-inf) adds nothing, whatever the model thinks of it.
+    kl = jnp.sum(jnp.where(p == 0, 0, p * (log_p - log_q)), axis=-1)
+    return kl, jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
+
+
+def _compiled(model: Logits) -> Logits:
+    """A model as one compiled function; a module's weights are arguments, not constants of it."""
     if not isinstance(model, nnx.Module):
-        return lambda _, batch: model(batch), None
+        return jax.jit(model)
     graphdef, state = nnx.split(model)
-    return lambda state, batch: nnx.merge(graphdef, state)(batch), state
+    return lambda batch: _module_logits(graphdef, state, batch)
 
 
 def _vocabulary(model: Logits, length: int) -> int:
-    apply, weights = _split(model)
-    return jax.eval_shape(apply, weights, jax.ShapeDtypeStruct((1, length), jnp.int32)).shape[-1]
+    return jax.eval_shape(model, jax.ShapeDtypeStruct((1, length), jnp.int32)).shape[-1]
 
 
 def _batches(tokens: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -77,16 +77,17 @@ def install(layer: QuantizableLayer, q: QTensor) -> None:
     shape = weight_of(layer).shape
     if q.shape != shape:
         raise ValueError(f"a QTensor of shape {q.shape} does not fit a layer's weight {shape}")
-    if isinstance(layer, nnx.Embed):
-        layer.embedding = QuantizedParam(q)
-        layer.promote_dtype = promote_table
-        return
-    layer.kernel = QuantizedParam(q)
-    layer.promote_dtype = promote
-    if isinstance(layer, nnx.Einsum):
-        layer.einsum_op = ops.einsum
-    else:
-        layer.dot_general = ops.dot_general
+    hooks: dict[str, Any]
+    match layer:
+        case nnx.Embed():
+            hooks = {"embedding": QuantizedParam(q), "promote_dtype": promote_table}
+        case nnx.Einsum():
+            hooks = {"kernel": QuantizedParam(q), "einsum_op": ops.einsum}
+        case _:
+            hooks = {"kernel": QuantizedParam(q), "dot_general": ops.dot_general}
+    # setattr, because Flax declares these attributes with the types it fills them with itself.
+    for name, value in ({"promote_dtype": promote} | hooks).items():
+        setattr(layer, name, value)
 
 
 def quantized_layers(model: nnx.Module) -> dict[str, QTensor]:

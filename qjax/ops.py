@@ -21,6 +21,7 @@ result: asking for int8 sends XLA on a GPU into a scalar loop (openxla/xla issue
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -109,18 +110,19 @@ def dot_general(
             f"no Pallas kernel takes {x.dtype}{list(x.shape)} x {_describe(w)}: use 'auto' or 'xla'"
         )
     dtype = preferred_element_type or jnp.promote_types(x.dtype, w.dtype)
+    numbers = _normalized(dimension_numbers, x.ndim, w.ndim)
     if not isinstance(w, QTensor):
-        return _plain(x, w, dimension_numbers, precision, dtype, out_sharding)
+        return _float_dot(x, w, numbers, precision, dtype, out_sharding)
     if out_sharding is not None:
         raise NotImplementedError("out_sharding with a QTensor: constrain the result instead")
-    numbers = _normalized(dimension_numbers, x.ndim, w.ndim)
     if w.activations is not None:
         if not _sums_over_quantized_axes(w, numbers):
             raise ValueError(
                 f"{_describe(w)} was quantized for products over its axes {w.axis}; this one sums "
                 f"over {numbers[0][1]}, so its activations cannot be quantized to match"
             )
-        return _both_quantized(x, w, numbers, precision).astype(dtype)
+        y: Array = _both_quantized(x, w, numbers, precision)
+        return y.astype(dtype)
     return _weight_only(x, w, numbers, precision).astype(dtype)
 
 
@@ -156,9 +158,9 @@ def einsum(
     shared = [c for c in x_letters if c in w_letters]
     batch = [c for c in shared if c in result]
     summed = [c for c in w_letters if c in shared and c not in result]
-    numbers = tuple(
-        (tuple(map(x_letters.index, group)), tuple(map(w_letters.index, group)))
-        for group in (summed, batch)
+    numbers = (
+        (tuple(map(x_letters.index, summed)), tuple(map(w_letters.index, summed))),
+        (tuple(map(x_letters.index, batch)), tuple(map(w_letters.index, batch))),
     )
     y = dot_general(
         x,
@@ -223,25 +225,11 @@ def form(w: Any) -> str:
     return f"xla: {scheme.format.name} dot, then scales"
 
 
-def _plain(x, w, numbers, precision, dtype, out_sharding):
-    # A bf16 result is asked for in float32 and rounded: on a CPU XLA's bf16 matrix-vector product is
-    # 20 times slower (jax 0.10.2), on a GPU the rounding is fused.
-    low = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
-    y = lax.dot_general(
-        x,
-        w,
-        numbers,
-        precision=precision,
-        preferred_element_type=jnp.float32 if low else dtype,
-        **({} if out_sharding is None else {"out_sharding": out_sharding}),
-    )
-    return y.astype(dtype)
-
-
 def _weight_only(x, w: QTensor, numbers, precision) -> Float[Array, "..."]:
     if not (w.scaled_per_contraction and _sums_over_quantized_axes(w, numbers)):
         return _float_dot(x, qtensor.dequantize(w, x.dtype), numbers, precision)
-    # codes - zero is a whole number below 256, or an 8-bit float: exact in x's dtype.
+    # codes - zero is a whole number below 256, or an 8-bit float: exact in x's dtype. (nf4's values
+    # are not; they are rounded to it as a dequantized weight would be.)
     y = _float_dot(x, qtensor.centred(w).astype(x.dtype), numbers, precision)
     return y * _beside_result(_free_scales(w), x.ndim, numbers)
 
@@ -283,8 +271,29 @@ def _both_quantized_backward(numbers, precision, saved, cotangent):
 _both_quantized.defvjp(_both_quantized_forward, _both_quantized_backward)
 
 
-def _float_dot(x, w, numbers, precision) -> Float[Array, "..."]:
-    return lax.dot_general(x, w, numbers, precision=precision, preferred_element_type=jnp.float32)
+def _float_dot(
+    x, w, numbers, precision, dtype: Any = jnp.float32, out_sharding: Any = None
+) -> Float[Array, "..."]:
+    """A dot of floats, accumulated in float32 and rounded to ``dtype``.
+
+    Two things make XLA's CPU backend leave the 16-bit instructions for loops of its own: a 16-bit
+    result, and a single row. So there the product is taken in float32 and rounded, and a single row
+    is doubled: one bfloat16 token times [4096, 14336] took 60 ms without and 8 ms with (jax 0.10.2,
+    AVX512-BF16). Elsewhere the result stays 16-bit, and with it both products of the backward pass.
+    """
+    sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
+    if jax.default_backend() != "cpu" or x.dtype != jnp.bfloat16:
+        return lax.dot_general(
+            x, w, numbers, precision=precision, preferred_element_type=dtype, **sharding
+        )
+    (contracting, _), (batch, _) = numbers
+    free = [i for i in range(x.ndim) if i not in contracting and i not in batch]
+    single_row = bool(free) and not batch and math.prod(x.shape[i] for i in free) == 1
+    rows = jnp.concatenate([x, x], axis=free[0]) if single_row else x
+    y = lax.dot_general(
+        rows, w, numbers, precision=precision, preferred_element_type=jnp.float32, **sharding
+    )
+    return (y[:1] if single_row else y).astype(dtype)
 
 
 def _free_scales(w: QTensor) -> Float[Array, "..."]:
@@ -315,13 +324,13 @@ def _token_scale(scale, w_ndim: int, numbers) -> Float[Array, "..."]:
 
 def _normalized(numbers: DimensionNumbers, x_ndim: int, w_ndim: int) -> DimensionNumbers:
     """Dimension numbers as hashable tuples of non-negative axes."""
-    return tuple(
-        tuple(
-            tuple(int(a) % ndim for a in axes)
-            for axes, ndim in zip(pair, (x_ndim, w_ndim), strict=True)
-        )
-        for pair in numbers
-    )
+    contracting, batch = numbers
+    ndims = x_ndim, w_ndim
+    return _non_negative(contracting, ndims), _non_negative(batch, ndims)
+
+
+def _non_negative(pair: Any, ndims: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(a) % n for a in axes) for axes, n in zip(pair, ndims, strict=True))
 
 
 def _sums_over_quantized_axes(w: QTensor, numbers: DimensionNumbers) -> bool:

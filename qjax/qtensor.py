@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels import packing
 from qjax import formats, tiles
 from qjax.formats import Format
-from qjax.scheme import ActivationScheme, Scheme, WeightScheme
+from qjax.scheme import ActivationScheme, ScaleFormat, Scheme, WeightScheme
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -199,7 +199,7 @@ class QTensor:
             granularity, group_size = "group", self.tile[self.axis[-1]]
         elif len(whole) == ndim:
             granularity = "tensor"
-        scale_formats = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
+        scale_formats: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
         weights = WeightScheme(
             format=self.format,
             granularity=granularity,
@@ -258,7 +258,7 @@ def unpacked(q: QTensor) -> Shaped[Array, "..."]:
 
 
 def centred(q: QTensor) -> Float[Array, "..."]:
-    """``codes - zero`` as float32 values; exact in bfloat16 too for every format."""
+    """``codes - zero`` as float32 values; exact in bfloat16 too for every format but nf4."""
     values = formats.decode(unpacked(q), q.format)
     if q.zero is None:
         return values

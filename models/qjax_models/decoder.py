@@ -8,15 +8,12 @@ A parameter's path is its Hugging Face tensor name: `model/layers/0/self_attn/q_
 transpose of `model.layers.0.self_attn.q_proj.weight`.
 """
 
-from functools import partial
-
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qjax import ops
-from qjax_models import dot
 from qjax_models.attention import AttentionImplementation, default_implementation
 from qjax_models.cache import KVCache, LayerKV
 from qjax_models.config import DecoderConfig
@@ -142,8 +139,15 @@ class Decoder(nnx.Module):
         attention: AttentionImplementation | None = None,
     ) -> "Decoder":
         """The same model with shapes instead of arrays: takes no memory, to be filled by a loader."""
-        make = partial(cls, config, dtype=dtype, compute_dtype=compute_dtype, attention=attention)
-        return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+        return nnx.eval_shape(
+            lambda: cls(
+                config,
+                dtype=dtype,
+                compute_dtype=compute_dtype,
+                attention=attention,
+                rngs=nnx.Rngs(0),
+            )
+        )
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the token after each token, in float32."""
@@ -158,10 +162,9 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Scores of every token of the vocabulary, in float32."""
         if self.config.tied_embeddings:
-            embed = self.model.embed_tokens
-            hidden, table = embed.promote_dtype((hidden, embed.embedding[...]), dtype=hidden.dtype)
+            table = self.model.embed_tokens.embedding[...].astype(hidden.dtype)
             last_of_both = (((hidden.ndim - 1,), (1,)), ((), ()))
-            logits = dot.dot_general(
+            logits = ops.dot_general(
                 hidden, table, last_of_both, preferred_element_type=jnp.float32
             )
         else:
@@ -181,7 +184,12 @@ class Decoder(nnx.Module):
 
         Returns:
             Features of every prompt token (those of the padding mean nothing), and the cache.
+
+        Raises:
+            ValueError: the prompts do not fit into the capacity.
         """
+        if tokens.shape[1] > capacity:
+            raise ValueError(f"prompts of {tokens.shape[1]} tokens exceed {capacity=}")
         hidden, layers = self.model(tokens, jnp.arange(tokens.shape[1])[None], capacity)
         padded = tuple(layer.padded(capacity) for layer in layers)
         return hidden, KVCache(layers=padded, lengths=lengths)

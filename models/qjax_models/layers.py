@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from qjax_models import dot
+from qjax import ops
 from qjax_models.attention import (
     AttentionImplementation,
     ScoreRule,
@@ -56,7 +56,7 @@ def linear(
         dtype=numerics.activations,
         param_dtype=numerics.dtype,
         kernel_init=nnx.initializers.normal(std),
-        dot_general=dot.dot_general,
+        dot_general=ops.dot_general,
         rngs=rngs,
     )
 

@@ -37,7 +37,7 @@ def hf_tensors(model: nnx.Module) -> dict[str, tuple[str, Layout]]:
         model: a decoder, with arrays or abstract.
 
     Returns:
-        Hugging Face name -> (slash-joined parameter path, layout), in model order.
+        Hugging Face name -> (slash-joined parameter path, layout).
     """
     paths = ("/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model)))
     return {hf_name(path): (path, layout(path)) for path in paths}

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from qjax import ranges
@@ -57,7 +58,7 @@ def quantize(
     axes = _contraction(w.ndim, axis, name)
     tile = tile_of(w.shape, parsed.weights, axes, name)
     q, has_nan = _quantize(w, parsed, axes, tile, search)
-    if not isinstance(has_nan, jax.core.Tracer) and bool(has_nan):
+    if not isinstance(has_nan, Tracer) and bool(has_nan):
         raise ValueError(f"{name}: NaN among the weights; a number is needed everywhere")
     return q
 

@@ -3,8 +3,8 @@
 
     python scripts/benchmarks/eval_against_transformers.py --windows 128 --length 1024
 
-Needs torch and transformers. Both compute in float32 from a bfloat16 model of 14 million parameters with random
-weights, and both report the perplexity, which must agree to four digits.
+Needs torch and transformers. Both compute in float32 from a bfloat16 model of 14 million parameters
+with random weights, and both report the perplexity, which must agree to four digits.
 """
 
 import argparse
@@ -80,9 +80,7 @@ def main() -> None:
 
 def _run(command: list[object]) -> tuple[str, float]:
     start = time.perf_counter()
-    done = subprocess.run(
-        list(map(str, command)), check=True, text=True, stdout=subprocess.PIPE
-    )
+    done = subprocess.run(list(map(str, command)), check=True, text=True, stdout=subprocess.PIPE)
     return done.stdout.strip().splitlines()[-1], time.perf_counter() - start
 
 

@@ -33,14 +33,9 @@ def main() -> None:
         num_kv_heads=8, head_size=128, max_positions=1024,
     )  # fmt: skip
     model = Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    seconds = []
-    for _ in range(1 + args.repeats):
-        start = time.perf_counter()
-        quantized, report = qjax.quantize_model(model, args.scheme)
-        jax.block_until_ready(nnx.state(quantized))
-        seconds.append(time.perf_counter() - start)
-    megabytes = sum(layer.bytes_before for layer in report.quantized) / 1e6
-    warm = seconds[1:]
+    runs = [_timed(model, args.scheme) for _ in range(1 + args.repeats)]
+    megabytes = sum(layer.bytes_before for layer in runs[0][1].quantized) / 1e6
+    first, *warm = (seconds for seconds, _ in runs)
     result = {
         "scheme": args.scheme,
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
@@ -49,9 +44,16 @@ def main() -> None:
         "megabytes": megabytes,
         "mb_per_s": megabytes / statistics.median(warm),
         "mb_per_s_spread": [megabytes / max(warm), megabytes / min(warm)],
-        "mb_per_s_with_compilation": megabytes / seconds[0],
+        "mb_per_s_with_compilation": megabytes / first,
     }
     print(json.dumps(result, indent=2))
+
+
+def _timed(model: Decoder, scheme: str) -> tuple[float, qjax.QuantizationReport]:
+    start = time.perf_counter()
+    quantized, report = qjax.quantize_model(model, scheme)
+    jax.block_until_ready(nnx.state(quantized))
+    return time.perf_counter() - start, report
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from qjax_checkpoints.load import Checkpoint, load
 from qjax_checkpoints.tokenizer import load_tokenizer
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
         for line in loaded.notes:
             console.note(line)
     start = time.perf_counter()
-    with console.progress("windows", len(tokens)) as bar:
+    # float32 means float32: a GPU would otherwise round the factors of each product to TF32.
+    precise = jax.default_matmul_precision("highest" if args.dtype == "float32" else None)
+    with precise, console.progress("windows", len(tokens)) as bar:
         evaluation = qjax.evaluate(
             checkpoint.model,
             tokens,

@@ -2,6 +2,7 @@
 """The PyTorch side as the oracle: transformers loads what we write, we load what it writes."""
 
 import json
+from importlib import metadata
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
+# Before 0.19 compressed-tensors packed 3 bits in another way under the same name.
+DENSE_THREE_BITS = tuple(map(int, metadata.version("compressed-tensors").split(".")[:2])) >= (0, 19)
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
 SIZES = {
     "vocab_size": 96,
@@ -125,6 +128,8 @@ def quantized_pair(path, out, scheme, dtype):
     ],
 )
 def test_weight_only_logits_agree(pretrained, tmp_path, scheme):
+    if scheme.startswith("w3") and not DENSE_THREE_BITS:
+        pytest.skip("this compressed-tensors packs 3 bits with gaps")
     theirs, ours, plain = quantized_pair(pretrained(), tmp_path / "out", scheme, jnp.float32)
     assert relative(theirs, ours) < 1e-5
     assert relative(plain, ours) > 1e-3  # it was quantized indeed
@@ -191,6 +196,8 @@ WEIGHTS = {
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_what_compressed_tensors_packs_is_read_bit_for_bit(pretrained, kind):
     """Each layer is packed and unpacked by compressed-tensors; our decoding equals its own."""
+    if kind.startswith("w3") and not DENSE_THREE_BITS:
+        pytest.skip("this compressed-tensors packs 3 bits with gaps")
     path = pretrained()
     arguments = quantization.QuantizationArgs(**WEIGHTS[kind])
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)

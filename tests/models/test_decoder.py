@@ -36,6 +36,12 @@ def test_cached_steps_give_the_logits_of_the_full_forward(golden):
     assert cache.lengths.tolist() == starts.tolist()
 
 
+def test_prompts_beyond_the_capacity_are_refused(goldens):
+    model = goldens["llama"].model()
+    with pytest.raises(ValueError, match="prompts of 40 tokens exceed capacity=8"):
+        model.prefill(jnp.asarray(goldens["llama"].tokens), jnp.array([40, 40]), 8)
+
+
 def test_a_window_longer_than_the_sequence_changes_nothing(goldens):
     golden = goldens["mistral"]
     tokens = jnp.asarray(golden.tokens)

@@ -10,7 +10,21 @@ import pytest
 from pallas_kernels.packing import pack, packed_length, unpack
 
 BITS = [2, 3, 4]
-SHAPES = [(1,), (2,), (3,), (7,), (8,), (9,), (64,), (3, 5), (2, 3, 11), (0,), (4, 0), (0, 4), (0, 0)]
+SHAPES = [
+    (1,),
+    (2,),
+    (3,),
+    (7,),
+    (8,),
+    (9,),
+    (64,),
+    (3, 5),
+    (2, 3, 11),
+    (0,),
+    (4, 0),
+    (0, 4),
+    (0, 0),
+]
 
 
 def stream(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -37,7 +51,9 @@ def there_and_back(codes):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_is_the_bit_stream_and_comes_back(shape):
-    cases = {(bits, signed): every_code(shape, bits, signed) for bits in BITS for signed in (True, False)}
+    cases = {
+        (bits, signed): every_code(shape, bits, signed) for bits in BITS for signed in (True, False)
+    }
     for (bits, signed), (packed, back) in there_and_back(cases).items():
         codes = cases[bits, signed]
         assert packed.dtype == jnp.uint8
@@ -82,7 +98,10 @@ def test_only_the_low_bits_count(dtype):
 def test_padding_is_zero(bits):
     row = jnp.full((5,), 2**bits - 1, jnp.int8)
     used = 5 * bits
-    assert int(jax.jit(pack, static_argnums=1)(row, bits)[-1]) == 2 ** (used - 8 * (packed_length(5, bits) - 1)) - 1
+    assert (
+        int(jax.jit(pack, static_argnums=1)(row, bits)[-1])
+        == 2 ** (used - 8 * (packed_length(5, bits) - 1)) - 1
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -33,7 +33,9 @@ def quantized(x, scheme, axis):
 
 def tokens(rng, shape=(2, 3, 64)) -> np.ndarray:
     x = rng.standard_normal(shape) * np.exp(rng.standard_normal((*shape[:-1], 1)))
-    x[..., ::16] = 1.01 * np.abs(x).max(-1, keepdims=True)  # the extremes are positive: -127.5 is a tie
+    x[..., ::16] = 1.01 * np.abs(x).max(
+        -1, keepdims=True
+    )  # the extremes are positive: -127.5 is a tie
     return x.astype(np.float32)
 
 
@@ -47,7 +49,9 @@ def test_is_the_plain_rule(name, dtype, rng, quantized_tokens):
     assert scale.dtype == jnp.float32 and scale.shape == (2, 3, 64 // size)
     assert codes.dtype == scheme.format.dtype and codes.shape == x.shape
     # XLA may multiply by a rounded reciprocal instead of dividing: next to a tie either code is right.
-    below, above = (quantized_tokens(np.asarray(x, np.float32), scheme, nudge) for nudge in (-4e-7, 4e-7))
+    below, above = (
+        quantized_tokens(np.asarray(x, np.float32), scheme, nudge) for nudge in (-4e-7, 4e-7)
+    )
     assert (np.isclose(near, below, rtol=1e-6) | np.isclose(near, above, rtol=1e-6)).all()
     if scheme.scale_format == "e8m0":  # a power of two divides exactly, so ties are ties
         np.testing.assert_array_equal(near, quantized_tokens(np.asarray(x, np.float32), scheme))

@@ -68,7 +68,9 @@ def test_tokens_that_the_baseline_rules_out_add_nothing():
     ruled_out = np.array(TABLES[0])
     ruled_out[:, 3] = -np.inf
     tokens = TOKENS[:, :2] * 0 + [[1, 2]] * 7
-    result = qjax.evaluate(table_model(ruled_out), tokens.astype(np.int32), baseline=table_model(ruled_out))
+    result = qjax.evaluate(
+        table_model(ruled_out), tokens.astype(np.int32), baseline=table_model(ruled_out)
+    )
     assert result.kl == 0 and np.isfinite(result.nll)
 
 
@@ -95,11 +97,15 @@ def test_modules_quantized_and_not():
     model = Model()
     quantized, _ = qjax.quantize_model(model, "w2a16-g8")
     result = qjax.evaluate(quantized, TOKENS, baseline=model, batch_size=4)
-    logits = [np.asarray(jax.nn.log_softmax(m(TOKENS)), np.float64)[:, :-1] for m in (model, quantized)]
+    logits = [
+        np.asarray(jax.nn.log_softmax(m(TOKENS)), np.float64)[:, :-1] for m in (model, quantized)
+    ]
     expected = (np.exp(logits[0]) * (logits[0] - logits[1])).sum(-1).mean()
     assert expected > 1e-4
     np.testing.assert_allclose(result.kl, expected, rtol=1e-3)
-    np.testing.assert_allclose(result.nll, -np.take_along_axis(logits[1], TOKENS[:, 1:, None], -1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        result.nll, -np.take_along_axis(logits[1], TOKENS[:, 1:, None], -1).mean(), rtol=1e-5
+    )
 
 
 def test_one_compilation_and_progress():
@@ -131,8 +137,16 @@ def test_long_texts_keep_their_digits():
         (np.full((2, 3), -1, np.int32), {}, r"\[-1, -1\], the model knows 0 to 10"),
         (TOKENS, {"batch_size": 0}, "at least one window, got batch_size=0"),
         (TOKENS, {"batch_size": -2}, "at least one window, got batch_size=-2"),
-        (TOKENS, {"baseline": lambda t: jnp.zeros((*t.shape, 5))}, "knows 11 tokens, the baseline 5"),
-        (TOKENS, {"baseline": table_model(TABLES[0] * np.float32(np.nan))}, "the baseline's logits are not finite"),
+        (
+            TOKENS,
+            {"baseline": lambda t: jnp.zeros((*t.shape, 5))},
+            "knows 11 tokens, the baseline 5",
+        ),
+        (
+            TOKENS,
+            {"baseline": table_model(TABLES[0] * np.float32(np.nan))},
+            "the baseline's logits are not finite",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tokens, choices, message):

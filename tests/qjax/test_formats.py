@@ -51,7 +51,9 @@ def probes(values: np.ndarray) -> np.ndarray:
     tiny = np.array([1e-30, 2.0**-17, 2.0**-16, 2.0**-10, 2.0**-9], np.float32)
     rng = np.random.default_rng(0)
     inside = rng.uniform(values.min(), values.max(), 500).astype(np.float32)
-    inside = np.concatenate([inside, (inside * np.exp2(-rng.uniform(0, 20, 500))).astype(np.float32)])
+    inside = np.concatenate(
+        [inside, (inside * np.exp2(-rng.uniform(0, 20, 500))).astype(np.float32)]
+    )
     all_points = np.concatenate([points, outside, -outside, tiny, -tiny, inside])
     around = [np.nextafter(all_points, np.float32(side)) for side in (-np.inf, np.inf)]
     return np.concatenate([all_points, *around])
@@ -68,7 +70,9 @@ def nearest_values(x: np.ndarray, name: str) -> np.ndarray:
 
 def bit_patterns(codes: jax.Array) -> np.ndarray:
     codes = np.asarray(codes)
-    return codes.astype(np.int64) if codes.dtype == np.int8 else codes.view(np.uint8).astype(np.int64)
+    return (
+        codes.astype(np.int64) if codes.dtype == np.int8 else codes.view(np.uint8).astype(np.int64)
+    )
 
 
 encode = jax.jit(formats.encode, static_argnums=1)
@@ -84,7 +88,9 @@ def test_normal_float_is_the_one_of_the_paper():
 def test_every_code_decodes(name):
     fmt = formats.format_named(name)
     codes, values = codes_and_values(name)
-    stored = codes.astype(np.uint8).view(FLOATS[name]) if fmt.kind == "float" else codes.astype(np.int8)
+    stored = (
+        codes.astype(np.uint8).view(FLOATS[name]) if fmt.kind == "float" else codes.astype(np.int8)
+    )
     decoded = decode(jnp.asarray(stored), fmt)
     assert decoded.dtype == jnp.float32
     np.testing.assert_array_equal(decoded, values)
@@ -139,10 +145,16 @@ def test_what_a_format_says_of_itself():
     four = formats.INT4
     assert (four.packed, four.signed, four.symmetric_divisor) == (True, True, 7.5)
     assert (formats.INT8.packed, formats.INT8.symmetric_divisor) == (False, 127.5)
-    assert (formats.E2M1.packed, formats.E2M1.signed, formats.E2M1.symmetric_divisor) == (True, False, 6)
+    assert (formats.E2M1.packed, formats.E2M1.signed, formats.E2M1.symmetric_divisor) == (
+        True,
+        False,
+        6,
+    )
     assert [formats.format_named(name).name for name in NAMES] == NAMES
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(ValueError, match=r"^unknown number format 'int5': qjax has int2, int3, .*$"):
+    with pytest.raises(
+        ValueError, match=r"^unknown number format 'int5': qjax has int2, int3, .*$"
+    ):
         formats.format_named("int5")

@@ -43,7 +43,9 @@ def model() -> Model:
 
 def rules(*lines: tuple[str, str | None]) -> qjax.Recipe:
     return qjax.Recipe(
-        rules=tuple(qjax.Rule(pattern=p, scheme=qjax.Scheme.parse(s) if s else None) for p, s in lines)
+        rules=tuple(
+            qjax.Rule(pattern=p, scheme=qjax.Scheme.parse(s) if s else None) for p, s in lines
+        )
     )
 
 
@@ -64,7 +66,9 @@ def test_the_numbers_of_the_report(model):
         w = np.asarray(getattr(model.layers[int(block)], name).kernel[...], np.float64)
         q = quantized_layers(quantized)[layer.path]
         near = np.asarray(qjax.dequantize(q), np.float64)
-        np.testing.assert_allclose(layer.relative_output_error, np.linalg.norm(near - w) / np.linalg.norm(w), rtol=1e-4)
+        np.testing.assert_allclose(
+            layer.relative_output_error, np.linalg.norm(near - w) / np.linalg.norm(w), rtol=1e-4
+        )
         assert (layer.bytes_before, layer.bytes_after) == (w.size * 4, q.nbytes)
         assert (layer.scheme, layer.method, layer.shape) == ("w4a16-g8-asym", "rtn", w.shape)
         assert layer.seconds > 0
@@ -80,7 +84,9 @@ def test_the_error_is_the_expected_output_error(model):
     w = np.asarray(model.layers[0].up.kernel[...], np.float64)
     near = np.asarray(qjax.dequantize(quantized_layers(quantized)["layers/0/up"]), np.float64)
     measured = np.linalg.norm(x @ (near - w)) / np.linalg.norm(x @ w)
-    assert report.layers[[r.path for r in report.layers].index("layers/0/up")].relative_output_error == pytest.approx(measured, rel=0.02)
+    assert report.layers[
+        [r.path for r in report.layers].index("layers/0/up")
+    ].relative_output_error == pytest.approx(measured, rel=0.02)
 
 
 def test_the_original_is_untouched(model):
@@ -95,16 +101,31 @@ def test_the_original_is_untouched(model):
 
 def test_the_search_reaches_the_layers(model):
     search = qjax.RangeSearch(method="mse", steps=10)
-    searched, plain = (qjax.quantize_model(model, "w2a16-g8", search=s)[1] for s in (search, qjax.RangeSearch()))
-    total = [sum(layer.relative_output_error for layer in report.quantized) for report in (searched, plain)]
+    searched, plain = (
+        qjax.quantize_model(model, "w2a16-g8", search=s)[1] for s in (search, qjax.RangeSearch())
+    )
+    total = [
+        sum(layer.relative_output_error for layer in report.quantized)
+        for report in (searched, plain)
+    ]
     assert total[0] < total[1]
 
 
 def test_rules_decide_layer_by_layer(model):
-    recipe = rules(("layers/0/.*", None), (".*down", "w8a16-g8"), ("nothing/.*", "w8a8"), (".*", "w4a16-g8"), ("lm_head", "fp8"))
+    recipe = rules(
+        ("layers/0/.*", None),
+        (".*down", "w8a16-g8"),
+        ("nothing/.*", "w8a8"),
+        (".*", "w4a16-g8"),
+        ("lm_head", "fp8"),
+    )
     quantized, report = qjax.quantize_model(model, recipe)
     held = {path: q.scheme.name for path, q in quantized_layers(quantized).items()}
-    assert held == {"layers/1/down": "w8a16-g8", "layers/1/up": "w4a16-g8", "lm_head": "fp8-dynamic"}
+    assert held == {
+        "layers/1/down": "w8a16-g8",
+        "layers/1/up": "w4a16-g8",
+        "lm_head": "fp8-dynamic",
+    }
     reasons = {layer.path: layer.reason for layer in report.unquantized}
     assert set(reasons) == {"layers/0/up", "layers/0/down", "embed_tokens"}
     assert "layers/0/.*" in reasons["layers/0/up"] and reasons["embed_tokens"] == "no rule names it"
@@ -165,16 +186,24 @@ def test_nan_is_refused_with_the_path(model, name):
 
 
 def test_a_group_that_does_not_divide_names_the_layer(model):
-    refused(model, "w4a16-g16", "^layers/0/down: group size 16 does not divide 24, .*12 or 24 would")
+    refused(
+        model, "w4a16-g16", "^layers/0/down: group size 16 does not divide 24, .*12 or 24 would"
+    )
 
 
 def test_a_recipe_that_reaches_nothing_is_refused(model):
-    message = refused(model, rules(("mlp/.*", "w8a8"), (".*", None)), r"^no rule \('mlp/\.\*', '\.\*'\) quantizes a layer")
+    message = refused(
+        model,
+        rules(("mlp/.*", "w8a8"), (".*", None)),
+        r"^no rule \('mlp/\.\*', '\.\*'\) quantizes a layer",
+    )
     assert "layers/0" in message or "embed_tokens" in message
 
 
 def test_a_model_without_layers_is_refused():
-    refused(nnx.Sequential(nnx.RMSNorm(4, rngs=nnx.Rngs(0))), "w8a8", "^the model has no nnx.Linear, ")
+    refused(
+        nnx.Sequential(nnx.RMSNorm(4, rngs=nnx.Rngs(0))), "w8a8", "^the model has no nnx.Linear, "
+    )
 
 
 def test_infinite_weights_saturate_and_the_report_stays_json(model):

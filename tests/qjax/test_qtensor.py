@@ -89,7 +89,9 @@ def test_from_codes_stores_codes(name, shape, rng, codes_of):
     codes = rng.integers(low, high, shape).astype(np.int8)
     tile = (1,) * (len(shape) - 1) + (2,)
     scale = jnp.ones((*shape[:-1], -(-shape[-1] // 2)))
-    q = QTensor.from_codes(jnp.asarray(codes), scale, format=fmt, axis=(len(shape) - 1,), tile=tile, dtype=jnp.float32)
+    q = QTensor.from_codes(
+        jnp.asarray(codes), scale, format=fmt, axis=(len(shape) - 1,), tile=tile, dtype=jnp.float32
+    )
     assert q.axis == (-1,) and q.shape == shape
     np.testing.assert_array_equal(codes_of(q), codes)
     np.testing.assert_array_equal(qtensor.unpacked(q), codes)
@@ -98,7 +100,10 @@ def test_from_codes_stores_codes(name, shape, rng, codes_of):
 def test_from_codes_refuses_scales_that_are_not_one_a_tile():
     codes = jnp.zeros((6, 4), jnp.int8)
     how = {"format": formats.INT4, "axis": (-2,), "tile": (4, 1), "dtype": jnp.float32}
-    with pytest.raises(ValueError, match=r"^scale has shape \(6, 4\); codes \(6, 4\) in tiles \(4, 1\) need \(2, 4\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^scale has shape \(6, 4\); codes \(6, 4\) in tiles \(4, 1\) need \(2, 4\)$",
+    ):
         QTensor.from_codes(codes, jnp.ones((6, 4)), **how)
     with pytest.raises(ValueError, match=r"^zero has shape \(1, 4\).* need \(2, 4\)$"):
         QTensor.from_codes(codes, jnp.ones((2, 4)), jnp.zeros((1, 4), jnp.int8), **how)
@@ -155,7 +160,9 @@ def test_equal_statics_do_not_retrace(weight):
 
 
 def test_statics_compare_and_hash(weight):
-    one, same_statics = (jax.tree.structure(qjax.quantize(w, "w4a16-g16")) for w in (weight, -weight))
+    one, same_statics = (
+        jax.tree.structure(qjax.quantize(w, "w4a16-g16")) for w in (weight, -weight)
+    )
     assert one == same_statics and hash(one) == hash(same_statics)
     others = ["w4a16-g32", "w8a16-g16", "w4a16-g16-asym", "w4a4-g16", "nf4-g16"]
     for name in others:
@@ -246,7 +253,9 @@ def test_gradients_flow_to_scales_not_to_codes(weight):
     np.testing.assert_allclose(gradient.scale, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["w4a16-g16", "w4a16-g16-asym", "w8a16-channel", "w3a16-g16", "mxfp4", "w8a8"])
+@pytest.mark.parametrize(
+    "name", ["w4a16-g16", "w4a16-g16-asym", "w8a16-channel", "w3a16-g16", "mxfp4", "w8a8"]
+)
 @pytest.mark.parametrize("spec", [P(None, "x"), P("x", None)], ids=["columns", "rows"])
 def test_shard_map(name, spec, rng):
     """Each device sees its half of the array, where scales split as the codes do."""
@@ -265,7 +274,11 @@ def test_shard_map(name, spec, rng):
         return qjax.dequantize(q)
 
     np.testing.assert_array_equal(dequantize(q), qjax.dequantize(q))
-    sharded = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), q, specs)
+    sharded = jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), q, specs
+    )
     assert sharded.shape == (64, 16) and same(sharded, q)
     x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
-    np.testing.assert_allclose(jax.jit(qjax.matmul)(x, sharded), qjax.matmul(x, q), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(qjax.matmul)(x, sharded), qjax.matmul(x, q), rtol=1e-5, atol=1e-5
+    )

@@ -56,13 +56,20 @@ def test_float_scales(name, dtype):
     scale = ranges.symmetric_scale(jnp.asarray(absmax), fmt, "float", dtype)
     assert scale.dtype == dtype
     divisor = {"int2": 1.5, "int4": 7.5, "int8": 127.5, "nf4": 1.0, "e4m3": 448.0}[name]
-    np.testing.assert_allclose(np.asarray(scale, np.float64), absmax / divisor, rtol=float(jnp.finfo(dtype).eps), atol=2.0**-25)  # float16 is coarse there
+    np.testing.assert_allclose(
+        np.asarray(scale, np.float64),
+        absmax / divisor,
+        rtol=float(jnp.finfo(dtype).eps),
+        atol=2.0**-25,
+    )  # float16 is coarse there
 
 
 @pytest.mark.parametrize("loudest", [1e-3, 1.0, 300.0])
 def test_nvfp4_scales(loudest, rng):
     """The largest tile's scale is 448; every other is the nearest e4m3 number."""
-    w = rng.standard_normal((64, 5)).astype(np.float32) * np.exp2(rng.uniform(-8, 0, (1, 5))).astype(np.float32)
+    w = rng.standard_normal((64, 5)).astype(np.float32) * np.exp2(
+        rng.uniform(-8, 0, (1, 5))
+    ).astype(np.float32)
     w *= np.float32(loudest / np.abs(w).max())
     q = qjax.quantize(jnp.asarray(w), "nvfp4")
     assert q.tensor_scale.dtype == jnp.float32 and q.tensor_scale.shape == ()
@@ -75,7 +82,13 @@ def test_nvfp4_scales(loudest, rng):
     assert np.asarray(q.scale).astype(np.float64).max() == 448
 
 
-TILED = [("w4a16-g10", 10), ("w4a16-g10-asym", 10), ("w3a16-channel", 40), ("w8a16-channel-asym", 40), ("nf4-g20", 20)]
+TILED = [
+    ("w4a16-g10", 10),
+    ("w4a16-g10-asym", 10),
+    ("w3a16-channel", 40),
+    ("w8a16-channel-asym", 40),
+    ("nf4-g20", 20),
+]
 
 
 @pytest.mark.parametrize("percentile", [100, 99.0, 75.0])
@@ -83,7 +96,9 @@ TILED = [("w4a16-g10", 10), ("w4a16-g10-asym", 10), ("w3a16-channel", 40), ("w8a
 def test_percentile(name, group, percentile, rng):
     """The range is numpy's percentile: of magnitudes, or half of the rest cut off at either end."""
     w = rng.standard_normal((40, 3)).astype(np.float32) + 0.1
-    q = qjax.quantize(jnp.asarray(w), name, search=RangeSearch(method="percentile", percentile=percentile))
+    q = qjax.quantize(
+        jnp.asarray(w), name, search=RangeSearch(method="percentile", percentile=percentile)
+    )
     tiles = w.astype(np.float64).reshape(40 // group, group, 3)
     if q.zero is None:
         expected = np.percentile(np.abs(tiles), percentile, axis=1) / q.format.symmetric_divisor
@@ -98,7 +113,9 @@ def test_percentile_of_a_ragged_block_counts_only_what_is_there(rng):
     w = rng.standard_normal((10, 7)).astype(np.float32)
     weights = qjax.scheme.WeightScheme(format=formats.INT4, granularity="block", group_size=6)
     q = qjax.quantize(
-        jnp.asarray(w), Scheme(weights=weights), search=RangeSearch(method="percentile", percentile=50)
+        jnp.asarray(w),
+        Scheme(weights=weights),
+        search=RangeSearch(method="percentile", percentile=50),
     )
     for i, j in itertools.product(range(2), range(2)):
         inside = np.abs(w[6 * i : 6 * i + 6, 6 * j : 6 * j + 6]).astype(np.float64)
@@ -108,11 +125,15 @@ def test_percentile_of_a_ragged_block_counts_only_what_is_there(rng):
 def test_percentile_leaves_infinities_out(rng):
     w = rng.standard_normal((20, 1)).astype(np.float32)
     w[:5] = np.inf
-    q = qjax.quantize(jnp.asarray(w), "w4a16-channel", search=RangeSearch(method="percentile", percentile=60))
+    q = qjax.quantize(
+        jnp.asarray(w), "w4a16-channel", search=RangeSearch(method="percentile", percentile=60)
+    )
     np.testing.assert_allclose(q.scale[0, 0], np.percentile(np.abs(w[5:]), 60) / 7.5, rtol=1e-5)
 
 
-def plain_search(w: np.ndarray, bits: int, symmetric: bool, search: RangeSearch) -> tuple[np.ndarray, np.ndarray]:
+def plain_search(
+    w: np.ndarray, bits: int, symmetric: bool, search: RangeSearch
+) -> tuple[np.ndarray, np.ndarray]:
     """Error of each candidate for one tile, and its scale; float64 but for what is stored."""
     low, high = min(w.min(), 0), max(w.max(), 0)
     if symmetric:
@@ -158,7 +179,9 @@ def test_mse_search_is_never_worse_than_absmax(name, rng, decoded, norm=2.4):
     searched, plain = (qjax.quantize(jnp.asarray(w), name, search=search) for search in searches)
     counts = searched.scale.shape
     errors = [
-        (np.abs(decoded(q) - w) ** norm).reshape(counts[0], 64 // counts[0], counts[1], 6 // counts[1]).sum((1, 3))
+        (np.abs(decoded(q) - w) ** norm)
+        .reshape(counts[0], 64 // counts[0], counts[1], 6 // counts[1])
+        .sum((1, 3))
         for q in (searched, plain)
     ]
     assert (errors[0] <= errors[1] * (1 + 1e-5)).all()

@@ -27,9 +27,17 @@ def test_nothing_happens_silently():
 def test_json():
     read = json.loads(REPORT.dumps(), parse_constant=lambda word: 1 / 0)  # no NaN, no Infinity
     assert read["unmatched_rules"] == [".*down"]
-    assert read["totals"] == {"layers": 2, "quantized": 1, "bytes_before": 91136, "bytes_after": 34816, "seconds": 0.5}
+    assert read["totals"] == {
+        "layers": 2,
+        "quantized": 1,
+        "bytes_before": 91136,
+        "bytes_after": 34816,
+        "seconds": 0.5,
+    }
     first, second = read["layers"]
-    assert first["path"] == "a/up" and first["scheme"] == "w4a16-g128" and first["shape"] == [256, 64]
+    assert (
+        first["path"] == "a/up" and first["scheme"] == "w4a16-g128" and first["shape"] == [256, 64]
+    )
     assert second["scheme"] is None and second["relative_output_error"] is None
     assert set(first) == {"path", "scheme", "method", "shape", "relative_output_error", "bytes_before",
                           "bytes_after", "seconds", "reason"}  # fmt: skip
@@ -37,4 +45,10 @@ def test_json():
 
 def test_an_empty_report():
     totals = QuantizationReport(layers=(), unmatched_rules=()).as_json()["totals"]
-    assert totals == {"layers": 0, "quantized": 0, "bytes_before": 0, "bytes_after": 0, "seconds": 0}
+    assert totals == {
+        "layers": 0,
+        "quantized": 0,
+        "bytes_before": 0,
+        "bytes_after": 0,
+        "seconds": 0,
+    }

@@ -142,8 +142,14 @@ def test_a_scheme_that_needs_calibration_says_so():
         ({"granularity": "tensor", "group_size": 4}, "'tensor' does not go with .*4"),
         ({"granularity": "group", "group_size": 0}, "at least one element, got .*0"),
         ({"granularity": "group", "group_size": -8}, "at least one element, got .*-8"),
-        ({"granularity": "channel", "symmetric": False, "format": formats.NF4}, "integer format, got nf4"),
-        ({"granularity": "channel", "symmetric": False, "format": formats.E4M3}, "integer format, got e4m3"),
+        (
+            {"granularity": "channel", "symmetric": False, "format": formats.NF4},
+            "integer format, got nf4",
+        ),
+        (
+            {"granularity": "channel", "symmetric": False, "format": formats.E4M3},
+            "integer format, got e4m3",
+        ),
     ],
 )
 def test_choices_that_do_not_go_together(choices, message):
@@ -207,7 +213,9 @@ def test_norms_embeddings_and_head_need_a_rule_that_names_them(path):
     assert chosen([(".*", "w4a16-g32"), (path, "w8a8")], path) == "w8a8"
 
 
-@pytest.mark.parametrize("path", ["layers/0/mlp/up_proj", "norms/0/proj", "embedder/linear", "head", ""])
+@pytest.mark.parametrize(
+    "path", ["layers/0/mlp/up_proj", "norms/0/proj", "embedder/linear", "head", ""]
+)
 def test_other_layers_need_no_name(path):
     assert chosen([(".*", "w8a8")], path) == "w8a8"
 
@@ -224,8 +232,14 @@ def test_a_bad_pattern_is_refused():
 
 
 def test_recipes_from_json():
-    recipe = Recipe.from_json([[".*down_proj", "w8a16-g64"], ["layers/0/.*", None], [".*", "w4a16"]])
-    assert recipe.rules == (rule(".*down_proj", "w8a16-g64"), rule("layers/0/.*", None), rule(".*", "w4a16"))
+    recipe = Recipe.from_json(
+        [[".*down_proj", "w8a16-g64"], ["layers/0/.*", None], [".*", "w4a16"]]
+    )
+    assert recipe.rules == (
+        rule(".*down_proj", "w8a16-g64"),
+        rule("layers/0/.*", None),
+        rule(".*", "w4a16"),
+    )
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ def test_spread_gives_each_element_its_tiles_entry(tile, leading):
     spread = np.broadcast_to(spread, (*leading, *SHAPE))
     for index, where in slices(tile):
         entry = per_tile[(..., *index)][..., None, None]
-        np.testing.assert_array_equal(spread[(..., *where)], np.broadcast_to(entry, spread[(..., *where)].shape))
+        np.testing.assert_array_equal(
+            spread[(..., *where)], np.broadcast_to(entry, spread[(..., *where)].shape)
+        )
 
 
 def test_spread_writes_nothing_out_along_an_axis_with_one_tile():

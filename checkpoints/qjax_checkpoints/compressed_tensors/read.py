@@ -128,7 +128,7 @@ def _install(
         dtype=np.dtype(layer.kernel.get_value().dtype),
         activations=read_activations(group.activations),
     )
-    place(layer, layer.kernel, _decode(tensors, spec))
+    place(layer, layer.kernel, _decode(dict(tensors), spec))
     for suffix in tensors:
         directory.release(f"{name}.{suffix}")
     return group.activations
@@ -190,7 +190,7 @@ def _decode(tensors: dict[str, np.ndarray], spec: LayerSpec) -> QTensor:
                 f"{suffix} is {tensor.dtype}, {spec.format.name} needs {spec.code_dtype(suffix)}"
             )
         expected = spec.stored_shape(suffix, tensor.dtype)
-        if tensor.size != np.prod(expected):
+        if _without_ones(tensor.shape) != _without_ones(expected):
             raise ValueError(
                 f"{suffix} has shape {list(tensor.shape)}, {spec.format.name} in tiles of "
                 f"{list(spec.tile[::-1])} needs {list(expected)}"
@@ -198,6 +198,11 @@ def _decode(tensors: dict[str, np.ndarray], spec: LayerSpec) -> QTensor:
         # A copy: the CPU device would keep the mapped file itself as its buffer.
         arrays[suffix] = jnp.asarray(np.array(tensor).reshape(expected))
     return layouts.decode(arrays, spec)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape up to axes of length one: scales are stored as `[]`, `[1]` or `[out]` too."""
+    return tuple(n for n in shape if n != 1)
 
 
 def _check_order(tensors: dict[str, np.ndarray], spec: LayerSpec) -> None:

@@ -4,6 +4,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qjax_cli.demo.study import Row
@@ -11,57 +14,73 @@ from qjax_cli.demo.study import Row
 _WEIGHT_ONLY, _BOTH = "#2f6fde", "#d9622b"
 
 
+_LABEL_HEIGHT, _LABEL_WIDTH, _LABEL_GAP = 12.0, 150.0, 12.0  # points
+
+
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draws the divergence from the unquantized model over bits a weight, on a log scale.
 
     Args:
-      rows: the first is the model as it is, drawn only as the line that the others approach.
+      rows: the first is the model as it is, which the title names and the others approach.
       title: above the chart.
       path: of the PNG to write.
     """
+    plain, quantized = rows[0], rows[1:]
     figure = Figure(figsize=(8, 5), dpi=144, layout="constrained")
     axes = figure.subplots()
-    for row in rows[1:]:
-        colour = _BOTH if _quantizes_activations(row.scheme) else _WEIGHT_ONLY
-        axes.plot(row.bits_per_weight, row.kl, "o", color=colour, markersize=7)
-    for row, (dx, dy) in zip(rows[1:], _label_offsets(rows[1:]), strict=True):
-        axes.annotate(
-            f"{row.scheme}  {row.perplexity:.2f}",
-            (row.bits_per_weight, row.kl),
-            xytext=(dx, dy),
-            textcoords="offset points",
-            fontsize=8.5,
-            va="center",
-        )
+    for row in quantized:
+        colour = _BOTH if row.quantizes_activations else _WEIGHT_ONLY
+        axes.plot(row.bits_per_weight, row.kl, "o", color=colour, markersize=6)
     axes.plot([], [], "o", color=_WEIGHT_ONLY, label="weights only")
     axes.plot([], [], "o", color=_BOTH, label="weights and activations")
     axes.set_yscale("log")
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.28 * (high - low))  # room for the labels
+    axes.set_xlim(low, high + 0.25 * (high - low))  # room for the labels
     axes.set_xlabel("stored bits a weight, scales included")
-    axes.set_ylabel(f"KL to {rows[0].scheme}, nats a token (lower is better)")
-    axes.set_title(f"{title}\nlabels: scheme and perplexity; {rows[0].scheme} {rows[0].perplexity:.2f}",
-                   fontsize=10, loc="left")  # fmt: skip
+    axes.set_ylabel(f"KL to {plain.scheme}, nats a token (lower is better)")
+    legend = f"labels: scheme and perplexity; {plain.scheme} {plain.perplexity:.2f}"
+    axes.set_title(f"{title}\n{legend}", fontsize=10, loc="left")
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right", fontsize=9)
+    figure.draw_without_rendering()  # fixes where points lie on the page
+    _label(axes, quantized, points_per_pixel=72 / figure.dpi)
     figure.savefig(path)
 
 
-def _quantizes_activations(scheme: str) -> bool:
-    return scheme.endswith(("a8", "a4")) or scheme in ("fp8-dynamic", "fp8-block")
+def _label(axes: Axes, rows: Sequence[Row], *, points_per_pixel: float) -> None:
+    """Writes a label beside each point; those of a crowd stand in a column to its right."""
+    at = axes.transData.transform([(row.bits_per_weight, row.kl) for row in rows])
+    at = at * points_per_pixel
+    for crowd in _crowds(at):
+        right = max(at[i][0] for i in crowd)
+        top = sum(at[i][1] for i in crowd) / len(crowd) + _LABEL_HEIGHT * (len(crowd) - 1) / 2
+        for rank, i in enumerate(crowd):
+            row, (x, y) = rows[i], at[i]
+            digits = 2 if row.perplexity < 1000 else 0
+            axes.annotate(
+                f"{row.scheme}  {row.perplexity:,.{digits}f}",
+                (row.bits_per_weight, row.kl),
+                xytext=(
+                    right - x + _LABEL_GAP * min(len(crowd), 2),
+                    top - rank * _LABEL_HEIGHT - y,
+                ),
+                textcoords="offset points",
+                fontsize=8.5,
+                va="center",
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "#9aa3b0", "relpos": (0, 0.5)},
+            )
 
 
-def _label_offsets(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """Points to move each label by, so that labels of neighbours do not cover each other."""
-    offsets = []
-    for i, row in enumerate(rows):
-        crowd = [
-            other
-            for other in rows
-            if abs(other.bits_per_weight - row.bits_per_weight) < 1.2
-            and 0.7 < other.kl / row.kl < 1.4
-        ]
-        rank = sorted(crowd, key=lambda other: (other.kl, other.scheme)).index(rows[i])
-        offsets.append((8.0, 11.0 * (rank - (len(crowd) - 1) / 2)))
-    return offsets
+def _crowds(at: Float[np.ndarray, "n 2"]) -> list[list[int]]:
+    """Points whose labels would cover each other, together and from the top down."""
+    crowds: list[list[int]] = []
+    for i in sorted(range(len(at)), key=lambda i: -at[i][1]):
+        for crowd in crowds:
+            x, y = at[crowd[-1]]
+            if abs(x - at[i][0]) < _LABEL_WIDTH and y - at[i][1] < _LABEL_HEIGHT:
+                crowd.append(i)
+                break
+        else:
+            crowds.append([i])
+    return crowds

@@ -38,9 +38,9 @@ COMPARED = "w4a16-g128"  # generates beside the model as it is
 
 _WINDOWS, _LENGTH, _NEW_TOKENS = 24, 512, 48
 _PROMPTS = (
-    "def read_json(path):\n    ",
-    "class Stack:\n    def __init__(self):\n",
-    "import os\nimport sys\n\ndef main():\n",
+    "def read_json(path):",
+    "# Compute the mean of a list of numbers.\ndef mean(",
+    'class Point:\n    """A point in the plane."""\n\n    def __init__(self, x, y',
 )
 
 
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
             new_tokens=_NEW_TOKENS,
         )
         rows, spoken = [], {}
-        with console.progress("bfloat16", 1 + len(SCHEMES)) as bar:
+        with console.progress("measuring", 1 + len(SCHEMES)) as bar:
             for row, continuations in study.rows(SCHEMES):
                 rows.append(row)
                 spoken[row.scheme] = [tokenizer.decode(ids) for ids in continuations]
-                bar.advance(row.scheme)
+                bar.advance(f"{row.scheme} measured")
         values = _values(study, rows, spoken)
         values["seconds"] = time.perf_counter() - start
         _write(folder, values, rows)
@@ -126,8 +126,8 @@ def _table(rows: list[Row]) -> str:
             row.scheme,
             f"{row.bits_per_weight:.3f}",
             f"{row.mebibytes:.2f}",
-            f"{row.perplexity:.3f}",
-            f"{row.perplexity_change:+.2f}" if i else "",
+            f"{row.perplexity:,.3f}",
+            f"{row.perplexity_change:+,.2f}" if i else "",
             f"{row.kl:.5f}" if i else "",
             f"{row.decode_tokens_per_second:.0f}",
         ]

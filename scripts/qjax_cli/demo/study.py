@@ -21,6 +21,7 @@ class Row:
 
     Attributes:
       scheme: its name; the dtype's name for the model as it is.
+      quantizes_activations: whether products take activations in few bits too.
       bits_per_weight: stored bits a weight of the quantized layers, scales included.
       mebibytes: of the whole model, embeddings and norms included.
       perplexity: on the evaluation windows.
@@ -30,6 +31,7 @@ class Row:
     """
 
     scheme: str
+    quantizes_activations: bool
     bits_per_weight: float
     mebibytes: float
     perplexity: float
@@ -89,6 +91,9 @@ class Study:
         spoken = Generator(model, capacity=capacity).generate(self.prompts, self.new_tokens)
         row = Row(
             scheme=name,
+            quantizes_activations=any(
+                isinstance(w, qjax.QTensor) and w.activations is not None for w in weights
+            ),
             bits_per_weight=8 * sum(w.nbytes for w in weights) / sum(w.size for w in weights),
             mebibytes=sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) / 2**20,
             perplexity=perplexity,

@@ -348,6 +348,19 @@ def test_wrong_scale_shape(write):
     ) in message(path)
 
 
+def test_transposed_scales(write):
+    _, path = write("w4a16-g16")
+    change_tensors(path, **{f"{Q_PROJ}.weight_scale": np.ones((2, 32), np.float32)})
+    assert f"layer {Q_PROJ}: weight_scale has shape [2, 32], int4 in tiles of" in message(path)
+
+
+def test_scales_of_fewer_axes(write):
+    model, path = write("w4a16-channel")
+    scale = open_safetensors(path / "model.safetensors").tensor(f"{Q_PROJ}.weight_scale")
+    change_tensors(path, **{f"{Q_PROJ}.weight_scale": scale[:, 0].copy()})
+    assert_same_model(model, load(path).model)
+
+
 def test_codes_of_another_dtype(write):
     """What a `frozen` checkpoint holds: scales beside weights that are floats still."""
     _, path = write("w8a8")
