@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizing the other operand of a product, at run time, from its own values.
 
-x  ~  codes * scale,     scale = absmax over the token (or over a group of it) / divisor
+x  ~  codes * scale,     scale = absmax over the token (or over a group of it) / highest code
 """
 
 from typing import NamedTuple
@@ -59,7 +59,11 @@ def quantize(x: Float[Array, "..."], scheme: ActivationScheme, axis: tuple[int, 
     # Infinities saturate; NaN stays, in the scale, so that a product does not hide it.
     magnitudes = jnp.abs(jnp.where(jnp.isinf(x), 0, x).astype(jnp.float32))
     absmax = jnp.max(tiles.split(magnitudes, tile), axis=tiles.inner_axes(tile))
-    scale = ranges.symmetric_scale(absmax, scheme.format, scheme.scale_format).astype(jnp.float32)
+    # Divided by the highest code, 127, and not by 127.5 as a weight's: a token's largest element is
+    # often an outlier that must not saturate, and with 127.5 it falls on a tie of rounding.
+    scale = ranges.symmetric_scale(
+        absmax, scheme.format, scheme.scale_format, divisor=scheme.format.high
+    ).astype(jnp.float32)
     codes = formats.encode(
         x.astype(jnp.float32) / tiles.spread(scale, tile, x.shape), scheme.format
     )

@@ -36,7 +36,10 @@ class Format:
       kind: how a code stands for a value; see the module's docstring.
       low: least value.
       high: greatest value.
-      dtype: dtype of unpacked codes, as its numpy name.
+      dtype: dtype of plain codes, as its numpy name.
+      storage: dtype of codes as a QTensor holds them: the plain one; int4, of which XLA keeps two in
+        a byte and which it alone can multiply without writing it out wide; or bytes that
+        :mod:`pallas_kernels.packing` fills.
       table: the values in code order; codebook formats only.
     """
 
@@ -46,12 +49,13 @@ class Format:
     low: float
     high: float
     dtype: str
+    storage: str
     table: tuple[float, ...] = ()
 
     @property
     def packed(self) -> bool:
-        """Whether codes are stored several to a byte."""
-        return self.bits < 8
+        """Whether codes are held as bytes that each carry several."""
+        return self.storage == "uint8"
 
     @property
     def signed(self) -> bool:
@@ -68,16 +72,28 @@ class Format:
         return (self.high - self.low) / 2
 
 
-def _integer(bits: int) -> Format:
-    low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
-    return Format(name=f"int{bits}", bits=bits, kind="integer", low=low, high=high, dtype="int8")
+def _integer(bits: int, storage: str) -> Format:
+    return Format(
+        name=f"int{bits}", bits=bits, kind="integer", low=-(2.0 ** (bits - 1)),
+        high=2.0 ** (bits - 1) - 1, dtype="int8", storage=storage,
+    )  # fmt: skip
 
 
-INT2, INT3, INT4, INT8 = (_integer(bits) for bits in (2, 3, 4, 8))
-E4M3 = Format(name="e4m3", bits=8, kind="float", low=-448, high=448, dtype="float8_e4m3fn")
-E5M2 = Format(name="e5m2", bits=8, kind="float", low=-57344, high=57344, dtype="float8_e5m2")
-NF4 = Format(name="nf4", bits=4, kind="codebook", low=-1, high=1, dtype="int8", table=_NF4)
-E2M1 = Format(name="e2m1", bits=4, kind="codebook", low=-6, high=6, dtype="int8", table=_E2M1)
+def _float(name: str, high: float, dtype: str) -> Format:
+    return Format(name=name, bits=8, kind="float", low=-high, high=high, dtype=dtype, storage=dtype)
+
+
+def _codebook(name: str, table: tuple[float, ...]) -> Format:
+    return Format(
+        name=name, bits=4, kind="codebook", low=min(table), high=max(table), dtype="int8",
+        storage="uint8", table=table,
+    )  # fmt: skip
+
+
+INT2, INT3 = _integer(2, "uint8"), _integer(3, "uint8")
+INT4, INT8 = _integer(4, "int4"), _integer(8, "int8")
+E4M3, E5M2 = _float("e4m3", 448.0, "float8_e4m3fn"), _float("e5m2", 57344.0, "float8_e5m2")
+NF4, E2M1 = _codebook("nf4", _NF4), _codebook("e2m1", _E2M1)
 
 _ALL = {f.name: f for f in (INT2, INT3, INT4, INT8, E4M3, E5M2, NF4, E2M1)}
 

@@ -23,10 +23,13 @@ class QuantizedParam(nnx.Variable):
 
 
 def quantizable_layers(model: nnx.Module) -> Iterator[tuple[str, QuantizableLayer]]:
-    """The layers of a model that can hold a QTensor, with their slash-joined paths, in order."""
+    """The layers of a model that can hold a QTensor, with their slash-joined paths, in order.
+
+    A model that is itself such a layer goes by the name of its class: ``Linear``.
+    """
     for path, module in nnx.iter_modules(model):
         if isinstance(module, QuantizableLayer):
-            yield "/".join(map(str, path)), module
+            yield "/".join(map(str, path)) or type(module).__name__, module
 
 
 def weight_of(layer: QuantizableLayer) -> Any:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from qjax import nnx_layers, qtensor
 from qjax.algorithms import round_nearest
@@ -50,7 +50,7 @@ def quantize_model(
       >>> model = nnx.Linear(256, 64, rngs=nnx.Rngs(0))
       >>> quantized, report = quantize_model(nnx.Sequential(model), "w4a16-g128")
       >>> report.layers[0].path, report.layers[0].bytes_after
-      ('layers/0', 9216)
+      ('layers/0', 8704)
     """
     recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
     result = nnx.merge(*nnx.split(model))
@@ -84,17 +84,18 @@ def _quantize_layer(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     q = round_nearest.quantize(w, scheme, axis=axis, search=search, name=path)
-    error = float(_relative_error(w, q))
+    error, saturated = _compared(w, q)
     nnx_layers.install(layer, q)
     return LayerReport(
         path=path,
         scheme=scheme.name,
         method="rtn",
         shape=tuple(w.shape),
-        relative_output_error=error,
+        relative_output_error=float(error),
         bytes_before=w.nbytes,
         bytes_after=q.nbytes,
         seconds=time.perf_counter() - start,
+        saturated=int(saturated),
     )
 
 
@@ -114,11 +115,14 @@ def _left_alone(path: str, layer: nnx_layers.QuantizableLayer, reason: str) -> L
 
 
 @jax.jit
-def _relative_error(w: Float[Array, "..."], q: QTensor) -> Float[Array, ""]:
+def _compared(w: Float[Array, "..."], q: QTensor) -> tuple[Float[Array, ""], Integer[Array, ""]]:
+    """The relative error of the finite weights, and how many are infinite."""
     near = qtensor.dequantize(q, jnp.float32)
-    w = jnp.where(jnp.isfinite(w), w.astype(jnp.float32), near)  # an infinity has no relative error
+    known = jnp.isfinite(w)
+    w = jnp.where(known, w.astype(jnp.float32), near)  # an infinity has no relative error
     wrong = jnp.linalg.norm(near - w)
-    return wrong / jnp.maximum(jnp.linalg.norm(w), jnp.finfo(jnp.float32).tiny)
+    error = wrong / jnp.maximum(jnp.linalg.norm(w), jnp.finfo(jnp.float32).tiny)
+    return error, jnp.sum(~known)
 
 
 def _nothing_matches(recipe: Recipe, paths: list[str]) -> str:

@@ -30,8 +30,8 @@ class QTensor:
     of the logical array too.
 
     Attributes:
-      codes: as stored: uint8 with formats below 8 bits packed along the last axis
-        (:mod:`pallas_kernels.packing`), else int8 or an 8-bit float.
+      codes: as stored (``format.storage``): int8, int4, an 8-bit float, or bytes packed along the
+        last axis (:mod:`pallas_kernels.packing`).
       scale: one entry a tile; the logical dtype, or float8_e8m0fnu (mx), or float8_e4m3fn (nvfp4).
       zero: int8, one entry a tile; None when symmetric.
       tensor_scale: float32 scalar over e4m3 scales; else None.
@@ -100,7 +100,7 @@ class QTensor:
         dtype: Any,
         activations: ActivationScheme | None = None,
     ) -> "QTensor":
-        """Stores plain codes, packing them where the format is below 8 bits.
+        """Stores plain codes, below 8 bits several to a byte.
 
         Args:
           codes: logical shape; int8 (integers, or indices of a codebook) or an 8-bit float.
@@ -123,7 +123,7 @@ class QTensor:
                     f"{name} has shape {array.shape}; codes {codes.shape} in tiles {tile} "
                     f"need {expected}"
                 )
-        stored = packing.pack(codes, format.bits) if format.packed else codes
+        stored = packing.pack(codes, format.bits) if format.packed else codes.astype(format.storage)
         return QTensor(
             codes=stored,
             scale=scale,
@@ -169,10 +169,8 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the device holds: codes, scales, zeros."""
-        return sum(
-            math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self)
-        )
+        """Bytes that the device holds: codes, scales, zeros; two int4 codes to a byte."""
+        return sum(_bytes(leaf) for leaf in jax.tree.leaves(self))
 
     @property
     def bits_per_weight(self) -> float:
@@ -253,16 +251,21 @@ class QTensor:
 def unpacked(q: QTensor) -> Shaped[Array, "..."]:
     """The codes in the logical shape: int8, or an 8-bit float."""
     if not q.format.packed:
-        return q.codes
+        # Codes are no numbers to train, but JAX would give 8-bit floats a gradient.
+        return jax.lax.stop_gradient(q.codes).astype(q.format.dtype)
     return packing.unpack(q.codes, q.format.bits, q.shape[-1], signed=q.format.signed)
 
 
-def centred(q: QTensor) -> Float[Array, "..."]:
-    """``codes - zero`` as float32 values; exact in bfloat16 too for every format but nf4."""
+def centred(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "..."]:
+    """``codes - zero`` as values of a float dtype; exact in bfloat16 too for every format but nf4."""
+    if q.zero is None and q.format.kind != "codebook":
+        # One conversion straight from the stored type: XLA fuses it into a dot, a chain it may not.
+        plain = unpacked(q) if q.format.packed else jax.lax.stop_gradient(q.codes)
+        return plain.astype(dtype)
     values = formats.decode(unpacked(q), q.format)
-    if q.zero is None:
-        return values
-    return values - tiles.spread(q.zero, q.tile, _tiled_shape(q)).astype(jnp.float32)
+    if q.zero is not None:
+        values = values - tiles.spread(q.zero, q.tile, _tiled_shape(q)).astype(jnp.float32)
+    return values.astype(dtype)
 
 
 def scales(q: QTensor) -> Float[Array, "..."]:
@@ -290,6 +293,13 @@ def dequantize(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
     """
     factor = tiles.spread(scales(q), q.tile, _tiled_shape(q))
     return (centred(q) * factor).astype(q.dtype if dtype is None else dtype)
+
+
+def _bytes(leaf: Any) -> int:
+    """True size of an array; its own ``nbytes`` counts a byte for each int4."""
+    dtype = jnp.dtype(leaf.dtype)
+    bits = 4 if dtype == jnp.int4 else 8 * dtype.itemsize
+    return -(-math.prod(leaf.shape) * bits // 8)
 
 
 def _tiled_shape(q: QTensor) -> tuple[int, ...]:

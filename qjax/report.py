@@ -21,6 +21,7 @@ class LayerReport:
       bytes_after: of what stands in its place.
       seconds: spent on it.
       reason: why it was left as it is; empty otherwise.
+      saturated: infinite weights, which took the ends of their tiles' ranges.
     """
 
     path: str
@@ -32,6 +33,7 @@ class LayerReport:
     bytes_after: int
     seconds: float
     reason: str = ""
+    saturated: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,15 @@ class QuantizationReport:
         return tuple(layer for layer in self.layers if layer.scheme is None)
 
     def warnings(self) -> list[str]:
-        """One line for each thing a user should know: rules without layers, layers left alone."""
+        """One line for each rule without layers, layer left alone, and layer of infinite weights."""
         rules = [f"rule {pattern!r} decided for no layer" for pattern in self.unmatched_rules]
-        return rules + [
-            f"{layer.path} stays as it is: {layer.reason}" for layer in self.unquantized
+        saturated = [
+            f"{layer.path}: infinite weights saturated, {layer.saturated} in all"
+            for layer in self.layers
+            if layer.saturated
         ]
+        alone = [f"{layer.path} stays as it is: {layer.reason}" for layer in self.unquantized]
+        return rules + saturated + alone
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain JSON types, totals included."""

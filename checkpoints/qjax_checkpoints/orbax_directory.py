@@ -6,7 +6,8 @@
     arrays/                             the Orbax checkpoint: parameter path -> array, or -> codes,
                                         scale, zero and tensor_scale of a QTensor
 
-It holds whatever a QTensor can be, in the layout in which the model computes.
+It holds whatever a QTensor can be. Codes below 8 bits are stored as the bytes of
+:mod:`pallas_kernels.packing`, however the model holds them to compute.
 """
 
 import dataclasses
@@ -22,7 +23,9 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 from qjax_models import Decoder
 
+from pallas_kernels import packing
 from qjax import QTensor, formats, nnx_layers
+from qjax.qtensor import unpacked
 from qjax.scheme import ActivationScheme
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import read_json, write_json
@@ -94,6 +97,8 @@ def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, 
 
 def _leaves(q: QTensor) -> dict[str, jax.Array]:
     present = {name: getattr(q, name) for name in _LEAVES}
+    if q.format.bits < 8:
+        present["codes"] = packing.pack(unpacked(q), q.format.bits)
     return {name: leaf for name, leaf in present.items() if leaf is not None}
 
 
@@ -126,12 +131,14 @@ def _assemble(
     if activations is not None:
         format = formats.format_named(activations["format"])
         activations = ActivationScheme(**(activations | {"format": format}))
-    return QTensor(
-        **leaves,
-        format=formats.format_named(entry["format"]),
+    format, codes = formats.format_named(entry["format"]), leaves["codes"]
+    if format.bits < 8:
+        codes = packing.unpack(codes, format.bits, entry["shape"][-1], signed=format.signed)
+    return QTensor.from_codes(
+        **(dict(leaves) | {"codes": codes}),
+        format=format,
         axis=tuple(entry["axis"]),
         tile=tuple(entry["tile"]),
-        shape=tuple(entry["shape"]),
         dtype=entry["dtype"] if dtype is None else dtype,
         activations=activations,
     )

@@ -127,7 +127,8 @@ def test_a_full_disk(quantizable_llama, quantized, tmp_path, monkeypatch):
 
 
 PROGRAM = """
-import sys, pathlib, resource
+import sys, pathlib, resource, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored when pytest runs in the background
 from qjax_checkpoints.load import load
 from qjax_checkpoints.save import save
 source, out, format, limit = sys.argv[1:]
@@ -175,7 +176,10 @@ def test_stopped_while_writing(tiny_llama, tmp_path, format, number):
         assert process.stdout is not None and process.stdout.readline() == "writing\n"
         time.sleep(0.3)
         process.send_signal(number)
-        process.communicate()
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
     for left in set(tmp_path.iterdir()) - {path}:
         if left.name == "out":
             load(left)

@@ -17,6 +17,8 @@ def numpy_codes(q: QTensor) -> np.ndarray:
     stored, bits = np.asarray(q.codes), q.format.bits
     if bits == 8:
         return stored
+    if stored.dtype == ml_dtypes.int4:  # packed by XLA itself, so that numpy sees plain codes
+        return stored.astype(np.int8)
     stream = np.unpackbits(stored, axis=-1, bitorder="little")[..., : q.shape[-1] * bits]
     codes = stream.reshape(*q.shape, bits).astype(np.int64) @ (1 << np.arange(bits))
     if q.format.kind == "integer":
@@ -78,7 +80,7 @@ def quantized_tokens() -> Callable[..., np.ndarray]:
             top = 2.0 ** np.floor(np.log2(fmt.high))
             scale = 2.0 ** np.ceil(np.log2(absmax / ((fmt.high + 2 * top) / 2)))
         else:
-            scale = (absmax / ((fmt.high - fmt.low) / 2)).astype(np.float32).astype(np.float64)
+            scale = (absmax / fmt.high).astype(np.float32).astype(np.float64)
         steps = np.clip(groups / scale * (1 + nudge), fmt.low, fmt.high)
         match fmt.name:
             case "e4m3" | "e2m1":

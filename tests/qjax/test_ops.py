@@ -44,8 +44,19 @@ def check(y, exact, magnitude, k, x_dtype, roundings):
 
 def tokens(rng, shape, dtype=jnp.float32) -> jax.Array:
     x = rng.standard_normal(shape)
-    x[..., 0] = np.abs(x).max(-1) * 1.01  # the extreme is positive: -127.5 is a tie
+    x[..., 0] = np.abs(x).max(-1) * 1.01
     return jnp.asarray(x, dtype)
+
+
+def off_ties(x, scheme, quantized_tokens) -> jax.Array:
+    """Zero where the quotient by the scale lies on a tie: XLA, which multiplies by a rounded reciprocal,
+    may go either way there. Short mantissas meet ties often: absmax / 2 is 63.5 steps. Powers of two
+    divide exactly, and no tie is the largest of its group, so that the scales stay.
+    """
+    if scheme.scale_format == "e8m0":
+        return x
+    below, above = (quantized_tokens(np.asarray(x), scheme, nudge) for nudge in (-1e-6, 1e-6))
+    return jnp.where(np.isclose(below, above, rtol=1e-5), x, 0)
 
 
 def weight(rng, shape=(K, N)) -> jax.Array:
@@ -56,6 +67,9 @@ def weight(rng, shape=(K, N)) -> jax.Array:
 def test_matmul(name, rng, decoded, quantized_tokens):
     q = qjax.quantize(weight(rng), name)
     xs = [tokens(rng, (2, 3, K), dtype) for dtype in DTYPES]
+    if q.activations is not None:
+        xs = [off_ties(x, q.activations, quantized_tokens) for x in xs]
+        assert all((np.asarray(x) != 0).mean() > 0.9 for x in xs)
     w = decoded(q)
     ys = jax.jit(lambda xs: [qjax.matmul(x, q.astype(x.dtype)) for x in xs])(xs)
     for x, y in zip(xs, ys, strict=True):
@@ -210,7 +224,7 @@ def test_integer_products_are_exact():
     rng = np.random.default_rng(0)
     x = np.full((1, k), 127.0)
     x[0, k // 2 :] = rng.integers(1, 127, k // 2)
-    x[0, 0] = 127.5  # the scale is one
+    x[0, 0] = 127  # the scale is one
     w = np.full((k, 1), 127.0)
     w[k // 2 :] = -127.0
     w[0] = 127.5
@@ -248,7 +262,7 @@ def test_whole_scales_come_after_the_dot(name, rng):
 
 @pytest.mark.parametrize(
     "name",
-    ["w4a16-g16-asym", "w8a16-channel", "w8a8", "fp8-block", "w4a8-g16", "mxfp4-a4", "nf4-g16"],
+    ["w4a16-g16-asym", "w8a16-channel", "w8a8", "fp8", "fp8-block", "w4a8-g16", "mxfp4-a4", "nf4-g16"],
 )
 def test_gradients(name, rng, decoded):
     """To x those of the dequantized product, straight through its rounding; and to the scales."""
@@ -263,8 +277,10 @@ def test_gradients(name, rng, decoded):
 
     to_x, to_q = gradients(x, q)
     np.testing.assert_allclose(to_x, np.asarray(c, np.float64) @ decoded(q).T, rtol=1e-4, atol=1e-5)
-    if q.codes.dtype in (jnp.int8, jnp.uint8):
+    if q.codes.dtype in (jnp.int4, jnp.int8, jnp.uint8):
         assert to_q.codes.dtype == jax.dtypes.float0
+    else:  # JAX calls 8-bit floats differentiable; codes are not
+        assert to_q.codes.dtype == q.codes.dtype and not np.asarray(to_q.codes, np.float32).any()
     if q.scale.dtype != jnp.float32:
         return
     per_element = np.asarray(x, np.float64).T @ np.asarray(c) * decoded(q)
@@ -344,10 +360,13 @@ def test_einsum_refuses(subscripts, message):
 @pytest.mark.parametrize("name", ["w4a16-g4", "w8a16-channel", "w8a8"])
 def test_lengths_that_differ_are_refused_in_one_line(name):
     q = qjax.quantize(jnp.ones((8, 3)), name)
-    with pytest.raises((ValueError, TypeError)) as caught:
-        qjax.einsum("bd,dh->bh", jnp.ones((2, 4)), q)
-    message = str(caught.value).partition("\n----")[0]
-    assert "4" in message and "8" in message and "\n" not in message
+    for w in (q, qjax.dequantize(q)):
+        with pytest.raises(ValueError, match=r"float32\[2, 4\] and .*\[8, 3\]: .*summed") as caught:
+            qjax.einsum("bd,dh->bh", jnp.ones((2, 4)), w)
+        assert "\n" not in str(caught.value) and "(4,) and (8,)" in str(caught.value)
+    batched = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), q)
+    with pytest.raises(ValueError, match=r"of a batch have lengths \(2,\) and \(3,\)"):
+        qjax.einsum("ebd,edh->ebh", jnp.ones((2, 1, 8)), batched)
 
 
 @pytest.mark.parametrize("name", [None, "w4a16-g16"])

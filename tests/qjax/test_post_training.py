@@ -149,8 +149,9 @@ def test_progress_is_told(model):
 def test_a_layer_alone_is_a_model():
     layer = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
     quantized, report = qjax.quantize_model(layer, "w8a16-channel")
-    assert len(report.quantized) == 1
+    assert [layer.path for layer in report.quantized] == ["Linear"]
     np.testing.assert_allclose(quantized(jnp.ones((1, 16))), layer(jnp.ones((1, 16))), atol=0.02)
+    refused(layer, "w4a16-g12", "^Linear: group size 12 does not divide 16")
 
 
 def test_a_shared_layer_is_quantized_once():
@@ -211,4 +212,8 @@ def test_infinite_weights_saturate_and_the_report_stays_json(model):
     damaged.layers[1].down.kernel[...] = damaged.layers[1].down.kernel[...].at[3, 3].set(jnp.inf)
     quantized, report = qjax.quantize_model(damaged, "w8a16-g8")
     assert np.isfinite(qjax.dequantize(quantized_layers(quantized)["layers/1/down"])).all()
+    assert {layer.path: layer.saturated for layer in report.layers if layer.saturated} == {
+        "layers/1/down": 1
+    }
+    assert any("layers/1/down: infinite weights saturated" in line for line in report.warnings())
     json.loads(report.dumps(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))

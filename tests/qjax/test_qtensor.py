@@ -57,9 +57,10 @@ def test_describes_the_array(name, weight):
     codes, rest = BYTES[name]
     if name == "w2a16-g32":
         rest //= 2
-    held = [np.asarray(leaf).nbytes for leaf in jax.tree.leaves(q)]
-    assert q.nbytes == sum(held) == codes + rest
-    assert q.codes.nbytes == codes
+    # The arrays' own accounts give int4 a byte each (jax 0.10.2); the compiler's do not.
+    memory = jax.jit(lambda q: q).lower(q).compile().memory_analysis()
+    assert memory is not None
+    assert q.nbytes == memory.argument_size_in_bytes == codes + rest
     assert q.bits_per_weight == 8 * (codes + rest) / (64 * 6)
     assert q.scheme == Scheme.parse(name) or (name, q.scheme.name) == ("nf4", "nf4-channel")
     assert (q.format.name in repr(q)) and str(SHAPE) in repr(q)

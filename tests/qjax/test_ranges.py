@@ -47,6 +47,28 @@ def test_zero_has_scale_one_in_every_storage():
         assert np.asarray(scale).astype(np.float32).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "least"),
+    [
+        ("w8a16-channel", jnp.float16, 2.0**-24),
+        ("w8a16-channel-asym", jnp.float16, 2.0**-24),
+        ("nvfp4", jnp.float32, 2.0**-9),
+        ("w8a16-channel", jnp.float32, 2.0**-126),  # its subnormals count as zero
+        ("w8a16-channel", jnp.bfloat16, 2.0**-126),
+    ],
+)
+def test_a_scale_too_small_to_store_is_the_least_there_is(name, dtype, least, decoded):
+    """Only a tile of zeros has scale one: under it, small weights would all become zero."""
+    w = np.zeros((16, 3), np.float64)
+    w[:, 0] = 1.0
+    tensor_scale = 1 / (6 * 448) if name == "nvfp4" else 1.0
+    w[::2, 1] = 1.5 * least * tensor_scale
+    q = qjax.quantize(jnp.asarray(w, dtype), name)
+    np.testing.assert_array_equal(np.asarray(q.scale, np.float64)[0, 1:], [least, 1])
+    w = np.asarray(jnp.asarray(w, dtype), np.float64)
+    assert (np.abs(decoded(q) - w)[:, 1:] <= 0.5001 * least * tensor_scale).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["int2", "int4", "int8", "nf4", "e4m3"])
 def test_float_scales(name, dtype):
@@ -165,6 +187,14 @@ def test_mse_search_is_the_plain_search(bits, symmetric, norm, rng):
         chosen = np.argmin(np.abs(scales - float(q.scale[group, column])))
         np.testing.assert_allclose(q.scale[group, column], scales[chosen], rtol=1e-6)
         assert errors[chosen] <= errors.min() * (1 + 1e-4)  # float32 sums may take a near tie
+
+
+def test_the_default_search_is_that_of_gptq():
+    """``for i in range(int(0.8 * 100)): p = 1 - i / 100`` of its code."""
+    search = RangeSearch(method="mse")
+    shrinks = [1 - search.max_shrink * i / search.steps for i in range(search.steps)]
+    np.testing.assert_allclose(shrinks, [1 - i / 100 for i in range(80)], rtol=1e-12)
+    assert search.norm == 2.4
 
 
 MSE_NAMES = ["w4a16-g16", "w4a16-g16-asym", "w3a16-channel", "w2a16-g32-asym", "w8a16-tensor", "nf4-g16",

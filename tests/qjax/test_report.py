@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report as a value, as lines for a user, and as JSON."""
 
+import dataclasses
 import json
 
 from qjax.report import LayerReport, QuantizationReport
@@ -22,6 +23,10 @@ def test_nothing_happens_silently():
     assert "'.*down'" in lines[0]
     assert "lm_head" in lines[1] and "no rule names it" in lines[1]
     assert QuantizationReport(layers=(DONE,), unmatched_rules=()).warnings() == []
+    (line,) = QuantizationReport(
+        layers=(dataclasses.replace(DONE, saturated=3),), unmatched_rules=()
+    ).warnings()
+    assert line == "a/up: infinite weights saturated, 3 in all"
 
 
 def test_json():
@@ -40,7 +45,7 @@ def test_json():
     )
     assert second["scheme"] is None and second["relative_output_error"] is None
     assert set(first) == {"path", "scheme", "method", "shape", "relative_output_error", "bytes_before",
-                          "bytes_after", "seconds", "reason"}  # fmt: skip
+                          "bytes_after", "seconds", "reason", "saturated"}  # fmt: skip
 
 
 def test_an_empty_report():

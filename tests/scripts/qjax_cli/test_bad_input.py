@@ -2,7 +2,6 @@
 """Bad input: one line that names what is wrong and what would be right, and nothing half-written."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -129,14 +128,15 @@ def test_source_that_is_quantized_already(qjax, quantize, tmp_path):
 
 
 def test_full_disk(source, tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "qjax_cli.main", "quantize", source, out]
+    # Limited from inside: preexec_fn would fork this process, in which JAX has threads.
+    program = """
+import resource, sys
+from qjax_cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+sys.exit(main(sys.argv[1:]))
+"""
     done = subprocess.run(
-        [*command, "--scheme", "w8a16-g32"],
-        preexec_fn=limit,
+        [sys.executable, "-c", program, "quantize", source, tmp_path / "out", "--scheme", "w8a16-g32"],
         capture_output=True,
         text=True,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
