@@ -72,7 +72,7 @@ def install(layer: QuantizableLayer, q: QTensor) -> None:
 
     Args:
       layer: a stock layer; changed in place.
-      q: of the shape of the layer's weight, or of the weight's transpose's transpose: the layer's own.
+      q: of the shape of the layer's weight.
 
     Raises:
       ValueError: the shapes differ.

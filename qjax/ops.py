@@ -108,6 +108,8 @@ def dot_general(
       ValueError: axes that belong together differ in length; or activations are to be quantized, but
         the weight was not quantized along the axes that this product sums over.
     """
+    if implementation not in ("auto", "xla", "pallas"):
+        raise ValueError(f"{implementation=}: must be 'auto', 'xla' or 'pallas'")
     if implementation == "pallas":
         raise NotImplementedError(
             f"no Pallas kernel takes {x.dtype}{list(x.shape)} x {_describe(w)}: use 'auto' or 'xla'"

@@ -53,9 +53,14 @@ def quantize_model(
       ('layers/0', 8704)
     """
     recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
-    result = nnx.merge(*nnx.split(model))
+    graphdef, state = nnx.split(model)
+    # New variables around the same arrays: training the result must not move the original.
+    result = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
     layers = list(nnx_layers.quantizable_layers(result))
-    deciding = {path: recipe.rule_for(path) for path, _ in layers}
+    deciding = {
+        path: recipe.rule_for(path, protected=isinstance(layer, nnx.Embed))
+        for path, layer in layers
+    }
     if not any(rule and rule.scheme for rule in deciding.values()):
         raise ValueError(_nothing_matches(recipe, [path for path, _ in layers]))
     reports = []

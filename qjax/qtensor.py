@@ -170,7 +170,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes that the device holds: codes, scales, zeros; two int4 codes to a byte."""
-        return sum(_bytes(leaf) for leaf in jax.tree.leaves(self))
+        return device_bytes(self)
 
     @property
     def bits_per_weight(self) -> float:
@@ -295,11 +295,21 @@ def dequantize(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
     return (centred(q) * factor).astype(q.dtype if dtype is None else dtype)
 
 
-def _bytes(leaf: Any) -> int:
-    """True size of an array; its own ``nbytes`` counts a byte for each int4."""
-    dtype = jnp.dtype(leaf.dtype)
-    bits = 4 if dtype == jnp.int4 else 8 * dtype.itemsize
-    return -(-math.prod(leaf.shape) * bits // 8)
+def device_bytes(tree: Any) -> int:
+    """Bytes that the arrays of a pytree take on the device.
+
+    Not their ``nbytes``: that counts a byte for each int4, of which XLA keeps two in one.
+
+    >>> device_bytes([jnp.zeros(3, jnp.int4), jnp.zeros(3, jnp.bfloat16)])
+    8
+    """
+
+    def size(leaf: Any) -> int:
+        dtype = jnp.dtype(leaf.dtype)
+        bits = 4 if dtype == jnp.int4 else 8 * dtype.itemsize
+        return -(-math.prod(leaf.shape) * bits // 8)
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def _tiled_shape(q: QTensor) -> tuple[int, ...]:

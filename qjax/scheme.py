@@ -328,9 +328,14 @@ class Recipe:
                     )
         return Recipe(rules=tuple(parsed))
 
-    def rule_for(self, path: str) -> Rule | None:
-        """The rule that decides for a layer, or None."""
-        protected = _PROTECTED.fullmatch(path) is not None
+    def rule_for(self, path: str, *, protected: bool = False) -> Rule | None:
+        """The rule that decides for a layer, or None.
+
+        Args:
+          path: slash-joined path of the layer.
+          protected: whether only a rule that names the layer reaches it, whatever the layer is called.
+        """
+        protected = protected or _PROTECTED.fullmatch(path) is not None
         for rule in self.rules:
             if rule.names(path) or (rule.matches(path) and not protected):
                 return rule

@@ -20,3 +20,4 @@ jax.config.update("jax_num_cpu_devices", 2)
 # own passes are not. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests with them.
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and jax.default_backend() == "cpu":
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests start

@@ -7,6 +7,7 @@ References:
         https://arxiv.org/abs/1904.09751 (top-p).
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -28,8 +29,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be finite and not negative")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1")
         if not 0 < self.top_p <= 1:

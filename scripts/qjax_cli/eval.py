@@ -54,6 +54,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"{args.baseline}: has {baseline.model.config.vocab_size} tokens, {args.source} has "
             f"{checkpoint.model.config.vocab_size}; a baseline shares the vocabulary"
         )
+    context = checkpoint.model.config.max_positions
+    if tokens.shape[1] > context:
+        console.note(
+            f"windows of {tokens.shape[1]} tokens go beyond the {context} that the model was made for"
+        )
     for loaded in filter(None, (checkpoint, baseline)):
         for line in loaded.notes:
             console.note(line)

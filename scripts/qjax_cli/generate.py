@@ -42,12 +42,22 @@ def run(args: argparse.Namespace, console: Console) -> None:
     """Generates and tells the speed."""
     if args.max_new < 1:
         raise ValueError(f"--max-new {args.max_new}: at least one token")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed {args.seed}: must lie in 0 to {2**31 - 1}")
+    if any("\ud800" <= c <= "\udfff" for c in args.prompt):
+        raise ValueError("--prompt: not UTF-8 text")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     checkpoint = load(args.source)
     for line in checkpoint.notes:
         console.note(line)
     tokenizer = load_tokenizer(args.source, vocab_size=checkpoint.model.config.vocab_size)
     prompt = tokenizer.encode(args.prompt)
+    context = checkpoint.model.config.max_positions
+    if len(prompt) + args.max_new > context:
+        console.note(
+            f"{len(prompt)} prompt tokens and {args.max_new} new ones go beyond the {context} that "
+            "the model was made for"
+        )
     generator = Generator(
         checkpoint.model,
         capacity=len(prompt) + args.max_new,

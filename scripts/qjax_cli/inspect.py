@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from qjax_checkpoints.load import load
 
-from qjax import nnx_layers, ops
+from qjax import nnx_layers, ops, qtensor
 from qjax.qtensor import QTensor
 from qjax_cli.console import Console, table
 
@@ -29,8 +29,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         _layer(path, nnx_layers.weight_of(layer))
         for path, layer in nnx_layers.quantizable_layers(checkpoint.model)
     ]
-    state = nnx.state(checkpoint.model)
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    total = qtensor.device_bytes(nnx.state(checkpoint.model))
     weights = sum(layer["elements"] for layer in layers)
     values = {
         "kind": checkpoint.kind,

@@ -44,6 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name, rest = _subcommand(arguments)
+    # JAX's compiler logs to stderr, where users look for our one line.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return _run(name, rest)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"qjax {name}: error: {line}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"qjax {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(name: str, arguments: list[str]) -> int:
     module = importlib.import_module(COMMANDS[name][0])
     parser = Parser(
         prog=f"qjax {name}",
@@ -54,17 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--json", action="store_true", help="one JSON object on stdout, nothing else"
     )
     module.add_arguments(parser)
-    args = parser.parse_args(rest)
-    console = Console(json_only=args.json)
-    try:
-        module.run(args, console)
-    except (ValueError, OSError, NotImplementedError, MemoryError) as error:
-        line = " ".join(str(error).split()) or type(error).__name__
-        print(f"qjax {name}: error: {line}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(f"qjax {name}: interrupted, nothing half-written is left", file=sys.stderr)
-        return INTERRUPTED
+    args = parser.parse_args(arguments)
+    module.run(args, Console(json_only=args.json))
     return 0
 
 
@@ -84,6 +89,4 @@ def _subcommand(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
-    # JAX's compiler logs to stderr, where users look for our one line.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.exit(main())

@@ -3,7 +3,8 @@
 
 The result holds the model, its tokenizer, and qjax_report.json. Norms, embeddings and the output head
 stay as they are unless a recipe names them. A recipe is a JSON file: [["path regex", "scheme" or null],
-...]; the first rule that matches a layer's whole path decides.
+...]; the first rule that matches a layer's whole path decides. A rule names an embedding or a head if it
+would not match a layer of another name in its place: ".*lm_head" does, ".*" does not.
 
 Example:
   qjax quantize ./Llama-3.2-1B ./Llama-3.2-1B-w4 --scheme w4a16-g128

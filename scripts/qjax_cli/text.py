@@ -55,8 +55,12 @@ def windows_of_array(file: Path, vocab_size: int, length: int) -> Int32[np.ndarr
     """
     try:
         tokens = np.load(file, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file") from error
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file}: not a .npy array: {error}") from error
+        raise ValueError(f"{file}: not a .npy file of numbers") from error
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"{file}: an archive of arrays; need one array, int32 [n, length]")
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
             f"{file}: need int32 of shape [n, length], got {tokens.dtype} of {tokens.shape}"
@@ -72,5 +76,7 @@ def windows_of_array(file: Path, vocab_size: int, length: int) -> Int32[np.ndarr
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error

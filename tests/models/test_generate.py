@@ -29,6 +29,11 @@ def generator(model) -> Generator:
 
 
 @pytest.fixture(scope="module")
+def drawing(model) -> Generator:
+    return Generator(model, capacity=64, sampling=DRAW)
+
+
+@pytest.fixture(scope="module")
 def answers(generator) -> list[list[int]]:
     return generator.generate(PROMPTS, 12).tokens
 
@@ -40,26 +45,22 @@ def test_greedy_is_the_argmax_of_the_full_forward(golden):
     assert found.stopped == [False] * 3
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), DRAW])
-def test_a_row_alone_gets_the_same_tokens_as_in_the_batch(model, sampling):
-    generator = Generator(model, capacity=64, sampling=sampling)
-    together = generator.generate(PROMPTS, 10, seed=5).tokens
+def test_a_row_alone_draws_the_same_tokens_as_in_the_batch(drawing):
+    """Greedy rows do: each is the argmax of its own full forward."""
+    together = drawing.generate(PROMPTS, 10, seed=5).tokens
     alone = [
-        generator.generate([prompt], 10, seed=5 + row).tokens[0]
-        for row, prompt in enumerate(PROMPTS)
+        drawing.generate([prompt], 10, seed=5 + row).tokens[0] for row, prompt in enumerate(PROMPTS)
     ]
     assert together == alone
 
 
-def test_seeds_are_reproducible_and_differ(model):
-    generator = Generator(model, capacity=64, sampling=DRAW)
-    first = generator.generate(PROMPTS[:1] * 2, 20, seed=1).tokens
-    assert (
-        first
-        == Generator(model, capacity=64, sampling=DRAW).generate(PROMPTS[:1] * 2, 20, seed=1).tokens
-    )
+def test_seeds_are_reproducible_and_differ(model, drawing):
+    prompts = PROMPTS[:1] * 3
+    first = drawing.generate(prompts, 20, seed=1).tokens
+    fresh = Generator(model, capacity=64, sampling=DRAW)
+    assert first == fresh.generate(prompts, 20, seed=1).tokens
     assert first[0] != first[1]
-    assert first != generator.generate(PROMPTS[:1] * 2, 20, seed=9).tokens
+    assert first != drawing.generate(prompts, 20, seed=9).tokens
 
 
 def test_one_program_serves_every_number_of_tokens(model, monkeypatch):
@@ -124,10 +125,9 @@ def test_timing_counts_tokens(generator):
     assert generator.generate(PROMPTS, 1).timing.decode_tokens_per_second == 0
 
 
-def test_the_capacity_can_be_used_up(model):
+def test_the_capacity_can_be_used_up(model, answers):
     generator = Generator(model, capacity=27)  # not a power of two
-    long = Generator(model, capacity=64).generate([PROMPTS[2]], 7).tokens
-    assert generator.generate([PROMPTS[2]], 7).tokens == long
+    assert generator.generate([PROMPTS[2]], 7).tokens == [answers[2][:7]]
 
 
 def test_no_tokens_are_no_work(generator):

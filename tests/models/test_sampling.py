@@ -72,7 +72,7 @@ def test_draws_have_the_tempered_frequencies():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be finite and not negative"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p=1.1 must be in \(0, 1\]"),

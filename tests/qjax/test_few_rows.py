@@ -9,7 +9,14 @@ import pytest
 import qjax
 from qjax import ops
 
-SCHEMES = ["w4a16-g32", "w4a16-g32-asym", "w4a16-channel", "w8a16-channel-asym", "w8a16-tensor", "fp8-a16"]
+SCHEMES = [
+    "w4a16-g32",
+    "w4a16-g32-asym",
+    "w4a16-channel",
+    "w8a16-channel-asym",
+    "w8a16-tensor",
+    "fp8-a16",
+]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -143,7 +143,8 @@ def test_takes_short_floats(dtype):
 
 def test_what_a_format_says_of_itself():
     four = formats.INT4
-    assert (four.packed, four.signed, four.symmetric_divisor) == (True, True, 7.5)
+    assert (four.packed, four.signed, four.symmetric_divisor) == (False, True, 7.5)  # XLA's int4
+    assert (formats.INT3.packed, formats.INT3.symmetric_divisor) == (True, 3.5)
     assert (formats.INT8.packed, formats.INT8.symmetric_divisor) == (False, 127.5)
     assert (formats.E2M1.packed, formats.E2M1.signed, formats.E2M1.symmetric_divisor) == (
         True,

@@ -262,7 +262,16 @@ def test_whole_scales_come_after_the_dot(name, rng):
 
 @pytest.mark.parametrize(
     "name",
-    ["w4a16-g16-asym", "w8a16-channel", "w8a8", "fp8", "fp8-block", "w4a8-g16", "mxfp4-a4", "nf4-g16"],
+    [
+        "w4a16-g16-asym",
+        "w8a16-channel",
+        "w8a8",
+        "fp8",
+        "fp8-block",
+        "w4a8-g16",
+        "mxfp4-a4",
+        "nf4-g16",
+    ],
 )
 def test_gradients(name, rng, decoded):
     """To x those of the dequantized product, straight through its rounding; and to the scales."""

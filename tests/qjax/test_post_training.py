@@ -217,3 +217,29 @@ def test_infinite_weights_saturate_and_the_report_stays_json(model):
     }
     assert any("layers/1/down: infinite weights saturated" in line for line in report.warnings())
     json.loads(report.dumps(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_training_the_result_leaves_the_original_alone():
+    model = nnx.Sequential(
+        nnx.Linear(16, 16, rngs=nnx.Rngs(0)), nnx.Conv(16, 16, (3,), rngs=nnx.Rngs(1))
+    )
+    before = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
+    quantized, _ = qjax.quantize_model(model, "w8a16-channel")
+    for variable in jax.tree.leaves(
+        nnx.state(quantized, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    ):
+        variable.set_value(variable.get_value() + 1)
+    nnx.update(quantized, jax.tree.map(lambda leaf: leaf + 1, nnx.state(quantized, nnx.Param)))
+    after = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_embeddings_are_left_alone_whatever_they_are_called():
+    class Reader(nnx.Module):
+        def __init__(self, rngs):
+            self.words = nnx.Embed(8, 16, rngs=rngs)
+            self.out = nnx.Linear(16, 16, rngs=rngs)
+
+    _, report = qjax.quantize_model(Reader(nnx.Rngs(0)), "w8a16-channel")
+    assert [layer.path for layer in report.unquantized] == ["words"]

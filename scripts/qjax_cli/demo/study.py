@@ -4,7 +4,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Int32
@@ -13,6 +12,7 @@ from qjax_models.generate import Generator
 
 import qjax
 from qjax.nnx_layers import quantizable_layers, weight_of
+from qjax.qtensor import device_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Study:
                 isinstance(w, qjax.QTensor) and w.activations is not None for w in weights
             ),
             bits_per_weight=8 * sum(w.nbytes for w in weights) / sum(w.size for w in weights),
-            mebibytes=sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) / 2**20,
+            mebibytes=device_bytes(nnx.state(model)) / 2**20,
             perplexity=perplexity,
             perplexity_change=100 * (perplexity / reference - 1),
             kl=kl,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input: one line that names what is wrong and what would be right, and nothing half-written."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -136,7 +137,16 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 sys.exit(main(sys.argv[1:]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, "quantize", source, tmp_path / "out", "--scheme", "w8a16-g32"],
+        [
+            sys.executable,
+            "-c",
+            program,
+            "quantize",
+            source,
+            tmp_path / "out",
+            "--scheme",
+            "w8a16-g32",
+        ],
         capture_output=True,
         text=True,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
@@ -169,6 +179,25 @@ def test_missing_text(qjax, source, tmp_path):
 def test_tokens_that_are_none(qjax, source, tmp_path, array):
     np.save(tmp_path / "tokens.npy", array)
     fails(qjax("eval", source, "--tokens", tmp_path / "tokens.npy"), "tokens.npy")
+
+
+def test_archive_of_arrays(qjax, source, tmp_path):
+    np.savez(tmp_path / "tokens.npz", a=np.zeros((2, 4), np.int32))
+    fails(qjax("eval", source, "--tokens", tmp_path / "tokens.npz"), "tokens.npz", "one array")
+
+
+@pytest.mark.parametrize("option", [("--seed", 10**20), ("--temperature", "nan"), ("--max-new", 0)])
+def test_numbers_out_of_range(qjax, source, option):
+    fails(qjax("generate", source, "--prompt", "x", *option), option[0].strip("-"))
+
+
+def test_interrupt_while_importing(monkeypatch, qjax, source):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    outcome = qjax("inspect", source)
+    assert outcome.status == 130 and outcome.err == "qjax inspect: interrupted\n"
 
 
 def test_wrong_tokenizer(qjax, source, tmp_path):
