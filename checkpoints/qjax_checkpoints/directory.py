@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from qjax_checkpoints.json_file import read_json
 from qjax_checkpoints.safetensors_file import SafetensorsFile, TensorEntry, open_safetensors
 

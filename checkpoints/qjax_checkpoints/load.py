@@ -4,6 +4,7 @@
 from pathlib import Path
 
 from jax.typing import DTypeLike
+
 from qjax_checkpoints.checkpoint import Checkpoint
 from qjax_checkpoints.compressed_tensors.read import load_compressed
 from qjax_checkpoints.directory import check_directory, open_directory

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
-from qjax_models import Decoder
 
 from pallas_kernels import packing
 from qjax import QTensor, formats, nnx_layers
@@ -30,6 +29,7 @@ from qjax.scheme import ActivationScheme
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import read_json, write_json
 from qjax_checkpoints.parameters import named_variables, place, read_decoder_config
+from qjax_models import Decoder
 
 DESCRIPTION_FILE = "qjax.json"
 _ARRAYS = "arrays"

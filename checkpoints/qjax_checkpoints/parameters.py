@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from qjax_models import Decoder, DecoderConfig, config_from_hf
-from qjax_models.names import Layout, hf_tensors
 
 from qjax import QTensor, nnx_layers
 from qjax_checkpoints.directory import ModelDirectory
 from qjax_checkpoints.shards import PendingTensor, pending
+from qjax_models import Decoder, DecoderConfig, config_from_hf
+from qjax_models.names import Layout, hf_tensors
 
 _TOKEN_TABLE = "model.embed_tokens.weight"
 _TIED_HEAD = "lm_head.weight"

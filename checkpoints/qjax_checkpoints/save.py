@@ -9,8 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from qjax_models import Decoder
-from qjax_models.names import Layout
 
 from qjax import QTensor, dequantize
 from qjax_checkpoints.atomic import check_writable, new_directory
@@ -21,6 +19,8 @@ from qjax_checkpoints.json_file import write_json
 from qjax_checkpoints.orbax_directory import write_orbax
 from qjax_checkpoints.parameters import pending_parameter, stored_values
 from qjax_checkpoints.shards import SHARD_BYTES, PendingTensor, pending, write_weights
+from qjax_models import Decoder
+from qjax_models.names import Layout
 
 FORMATS = ("compressed-tensors", "orbax", "dense")
 

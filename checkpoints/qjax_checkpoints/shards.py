@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
 from qjax_checkpoints.directory import INDEX_FILE, WEIGHTS_FILE
 from qjax_checkpoints.json_file import write_json
 from qjax_checkpoints.safetensors_file import dtype_name

@@ -16,9 +16,9 @@ import time
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from qjax_models import Decoder, DecoderConfig
 
 import qjax
+from qjax_models import Decoder, DecoderConfig
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from qjax_checkpoints.load import Checkpoint, load
-from qjax_checkpoints.tokenizer import load_tokenizer
 
 import qjax
+from qjax_checkpoints.load import Checkpoint, load
+from qjax_checkpoints.tokenizer import load_tokenizer
 from qjax_cli import text
 from qjax_cli.console import Console
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from qjax_checkpoints.load import load
 from qjax_checkpoints.tokenizer import load_tokenizer
+from qjax_cli.console import Console
 from qjax_models.generate import Generator, Timing
 from qjax_models.sampling import Sampling
-
-from qjax_cli.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from qjax_checkpoints.load import load
 
 from qjax import nnx_layers, ops, qtensor
 from qjax.qtensor import QTensor
+from qjax_checkpoints.load import load
 from qjax_cli.console import Console, table
 
 

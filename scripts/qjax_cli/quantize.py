@@ -15,14 +15,13 @@ import json
 import time
 from pathlib import Path
 
-from qjax_checkpoints.atomic import check_writable
-from qjax_checkpoints.load import load
-from qjax_checkpoints.save import save
-
 import qjax
 from qjax import nnx_layers
 from qjax.report import QuantizationReport
 from qjax.scheme import SUPPORTED
+from qjax_checkpoints.atomic import check_writable
+from qjax_checkpoints.load import load
+from qjax_checkpoints.save import save
 from qjax_cli.console import Console
 
 

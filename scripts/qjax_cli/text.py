@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
+
 from qjax_checkpoints.tokenizer import TextTokenizer
 
 

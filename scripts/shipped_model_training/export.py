@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from qjax_checkpoints.json_file import read_json, write_json
-from qjax_checkpoints.shipped import evaluation_text
-from qjax_models.names import hf_name, layout
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from qjax_checkpoints.json_file import read_json, write_json
+from qjax_checkpoints.shipped import evaluation_text
+from qjax_models.names import hf_name, layout
 from shipped_model_training.bits_per_byte import Score, score
 from shipped_model_training.network import Network, Parameters, logits, unstacked
 from shipped_model_training.run_directory import Progress, RunDirectory

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
+
 from qjax_models.attention import AttentionImplementation
 from qjax_models.decoder import Decoder
 from qjax_models.families import config_from_hf

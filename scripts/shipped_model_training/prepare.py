@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qjax_checkpoints.shipped import HELD_OUT_MODULES, evaluation_text
 
+from qjax_checkpoints.shipped import HELD_OUT_MODULES, evaluation_text
 from shipped_model_training import corpus, tokenizer
 
 

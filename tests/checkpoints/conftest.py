@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from qjax_checkpoints.checkpoint import Checkpoint
 from qjax_checkpoints.load import load
 

@@ -10,6 +10,7 @@ import sys
 import textwrap
 
 import pytest
+
 from qjax_checkpoints.atomic import check_writable, new_directory
 
 

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from qjax_checkpoints.directory import open_directory
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
+
+from qjax import Recipe, dequantize, quantize_model
+from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints.load import load
 from qjax_checkpoints.save import save
 from qjax_checkpoints.shards import pending_array, write_safetensors
 from qjax_checkpoints.tokenizer import load_tokenizer
 from qjax_models import Decoder
-
-from qjax import Recipe, dequantize, quantize_model
-from qjax.nnx_layers import quantized_layers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+from qjax import Recipe, quantize_model
+from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints.load import load
 from qjax_checkpoints.parameters import stored_values
 from qjax_checkpoints.save import save
 from qjax_models import Decoder
-
-from qjax import Recipe, quantize_model
-from qjax.nnx_layers import quantized_layers
 
 forward = nnx.jit(Decoder.__call__)
 SCHEMES = [

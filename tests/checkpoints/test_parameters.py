@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+
 from qjax_checkpoints.load import load
 from qjax_models.names import hf_tensors
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from qjax_checkpoints.safetensors_file import dtype_name, open_safetensors
 
 DTYPES = {

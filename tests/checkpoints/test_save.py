@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from qjax import QTensor, dequantize, quantize_model
 from qjax_checkpoints import shards
 from qjax_checkpoints.load import load
 from qjax_checkpoints.parameters import stored_values
 from qjax_checkpoints.save import save
-
-from qjax import QTensor, dequantize, quantize_model
 
 FORMATS = ["compressed-tensors", "orbax", "dense"]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+
 from qjax_checkpoints.directory import open_directory
 from qjax_checkpoints.safetensors_file import open_safetensors
 from qjax_checkpoints.shards import pending, pending_array, write_safetensors, write_weights

@@ -6,9 +6,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from qjax_checkpoints import shipped
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
+
+from qjax_checkpoints import shipped
 
 
 def test_held_out_modules_are_there_once() -> None:

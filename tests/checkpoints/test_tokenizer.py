@@ -5,8 +5,9 @@ import json
 
 import pytest
 import tokenizers
-from qjax_checkpoints.tokenizer import load_tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
+
+from qjax_checkpoints.tokenizer import load_tokenizer
 
 TEXT = "naïve 東京 🙂🏽 end"
 

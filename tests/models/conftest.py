@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
+
 from qjax_models import Decoder, DecoderConfig, config_from_hf
 from qjax_models.names import hf_tensors
-from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

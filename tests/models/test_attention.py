@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from qjax_models import attention
 from qjax_models.attention import ScoreRule, cached_attention, causal_attention
 

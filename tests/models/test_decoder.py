@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from qjax_models import Decoder
 
 forward = nnx.jit(Decoder.__call__)

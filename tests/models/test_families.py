@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from qjax_models import Decoder, config_from_hf
 from qjax_models.rope import LinearScaling, Rope
 

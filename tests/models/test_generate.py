@@ -2,6 +2,7 @@
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+
 from qjax_models import Decoder, Generator, Sampling
 
 forward = nnx.jit(Decoder.__call__)

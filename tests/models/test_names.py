@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from flax import nnx
+
 from qjax_models import Decoder
 from qjax_models.names import hf_tensors
 

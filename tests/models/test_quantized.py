@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from qjax_models import Decoder, Generator
 
 from qjax import QTensor, Recipe, Rule, Scheme, dequantize, quantize_model
+from qjax_models import Decoder, Generator
 
 forward = nnx.jit(Decoder.__call__)
 

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from qjax_models.sampling import GREEDY, Sampling, choose, in_top_k, in_top_p, truncated
 
 

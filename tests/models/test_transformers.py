@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from qjax_models import Decoder, config_from_hf
 
 pytestmark = pytest.mark.interop

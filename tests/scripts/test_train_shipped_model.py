@@ -13,9 +13,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 import train_shipped_model
 from qjax_models import config_from_hf
-from safetensors.numpy import load_file
 
 SCRIPT = Path(train_shipped_model.__file__)
 SHAPE = (

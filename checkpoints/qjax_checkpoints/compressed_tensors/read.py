@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from qjax_models import Decoder
-from qjax_models.names import hf_tensors
 
 from qjax import formats, nnx_layers
 from qjax.qtensor import QTensor
@@ -27,6 +25,8 @@ from qjax_checkpoints.compressed_tensors.config import (
 from qjax_checkpoints.compressed_tensors.layouts import LayerSpec
 from qjax_checkpoints.directory import ModelDirectory
 from qjax_checkpoints.parameters import abstract_model, fill, place
+from qjax_models import Decoder
+from qjax_models.names import hf_tensors
 
 _SUFFIXES = (
     "weight",

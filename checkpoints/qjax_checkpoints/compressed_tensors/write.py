@@ -4,13 +4,13 @@
 from typing import Any
 
 from flax import nnx
-from qjax_models import Decoder
 
 from qjax import QTensor, nnx_layers
 from qjax_checkpoints.compressed_tensors import layouts
 from qjax_checkpoints.compressed_tensors.config import write_config
 from qjax_checkpoints.parameters import pending_parameter, stored_values
 from qjax_checkpoints.shards import PendingTensor
+from qjax_models import Decoder
 
 _HEAD = "lm_head"
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import jax
 from flax import nnx
+
+import qjax
 from qjax_checkpoints import shipped
 from qjax_checkpoints.atomic import new_directory
 from qjax_checkpoints.load import load
 from qjax_checkpoints.tokenizer import load_tokenizer
-
-import qjax
 from qjax_cli import text
 from qjax_cli.console import Console, table
 from qjax_cli.demo import chart, page

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from flax import nnx
 from jaxtyping import Int32
-from qjax_models import Decoder
-from qjax_models.generate import Generator
 
 import qjax
 from qjax.nnx_layers import quantizable_layers, weight_of
 from qjax.qtensor import device_bytes
+from qjax_models import Decoder
+from qjax_models.generate import Generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,15 +2,15 @@
 """Which group a layer belongs to, and how inputs are read."""
 
 import pytest
+
+from qjax import formats
+from qjax.scheme import ActivationScheme
 from qjax_checkpoints.compressed_tensors.config import (
     Group,
     QuantizationConfig,
     is_dynamic,
     read_activations,
 )
-
-from qjax import formats
-from qjax.scheme import ActivationScheme
 
 LAYER = "model.layers.3.mlp.down_proj"
 

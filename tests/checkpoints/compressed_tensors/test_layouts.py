@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from qjax_checkpoints.compressed_tensors import layouts
-from qjax_checkpoints.compressed_tensors.layouts import LayerSpec
 
 from qjax import QTensor, dequantize, formats, qtensor, tiles
 from qjax.scheme import ActivationScheme
+from qjax_checkpoints.compressed_tensors import layouts
+from qjax_checkpoints.compressed_tensors.layouts import LayerSpec
 
 INTEGERS = {2: formats.INT2, 3: formats.INT3, 4: formats.INT4, 8: formats.INT8}
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)

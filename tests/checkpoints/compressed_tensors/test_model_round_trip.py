@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+from qjax import Recipe, dequantize, quantize_model
+from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints.load import load
 from qjax_checkpoints.parameters import stored_values
 from qjax_checkpoints.safetensors_file import open_safetensors
 from qjax_checkpoints.save import save
 from qjax_checkpoints.shards import pending_array, write_safetensors
 from qjax_models import Decoder
-
-from qjax import Recipe, dequantize, quantize_model
-from qjax.nnx_layers import quantized_layers
 
 forward = nnx.jit(Decoder.__call__)
 Q_PROJ = "model.layers.0.self_attn.q_proj"

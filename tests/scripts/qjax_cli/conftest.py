@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
-from qjax_cli.main import main
 from tokenizers import decoders, models, pre_tokenizers
+
+from qjax_cli.main import main
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

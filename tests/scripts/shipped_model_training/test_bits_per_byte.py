@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from shipped_model_training.bits_per_byte import score, sum_of_nll
 
 

@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import pytest
+
 from shipped_model_training.corpus import (
     CorpusLimits,
     read_corpus,

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
 from qjax_models import Decoder, config_from_hf
 from shipped_model_training.network import initial_parameters, logits, make_network, unstacked
 from shipped_model_training.settings import ModelShape

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from optax.contrib import muon
+
 from shipped_model_training.optimizer import make_optimizer, schedule_factor
 from shipped_model_training.settings import TrainingSettings
 

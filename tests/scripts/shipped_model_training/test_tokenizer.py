@@ -3,8 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shipped_model_training import corpus, tokenizer
 from tokenizers import Tokenizer
+
+from shipped_model_training import corpus, tokenizer
 
 TEXTS = [Path(module.__file__).read_text() for module in (corpus, tokenizer) if module.__file__]
 HARD_TEXTS = [

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import jax.numpy as jnp
+
 from shipped_model_training.windows import training_windows
 
 TOKENS = jnp.arange(50, dtype=jnp.uint16)
