@@ -224,7 +224,10 @@ def form(w: Any) -> str:
         return "xla: dot"
     scheme, whole = w.activations, w.scaled_per_contraction
     if scheme is None:
-        return "xla: dot of codes, then scale" if whole else "xla: dequantize, then dot"
+        if whole:
+            return "xla: dot of codes, then scale"
+        partial = jax.default_backend() == "gpu" and not w.format.packed
+        return "xla: dequantize, then dot" + (", few rows as partial sums" if partial else "")
     if scheme.group_size is not None:
         return "xla: dequantize both, then dot"
     if not whole:
