@@ -32,9 +32,14 @@ def quantizable_layers(model: nnx.Module) -> Iterator[tuple[str, QuantizableLaye
             yield "/".join(map(str, path)) or type(module).__name__, module
 
 
+def variable_of(layer: QuantizableLayer) -> nnx.Variable:
+    """The variable that holds the layer's weight; two layers may share one."""
+    return layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
+
+
 def weight_of(layer: QuantizableLayer) -> Any:
     """The array or QTensor that the layer multiplies with, or looks up in."""
-    return layer.embedding[...] if isinstance(layer, nnx.Embed) else layer.kernel[...]
+    return variable_of(layer)[...]
 
 
 def contraction_axes(layer: QuantizableLayer) -> tuple[int, ...]:
@@ -67,6 +72,18 @@ def contraction_axes(layer: QuantizableLayer) -> tuple[int, ...]:
             return axes
 
 
+def stacked_axes(layer: QuantizableLayer) -> int:
+    """How many leading axes of the weight stack layers that ``nnx.vmap`` made and ``nnx.scan`` runs."""
+    match layer:
+        case nnx.Embed() | nnx.Linear():
+            own = 2
+        case nnx.LinearGeneral():
+            own = len(layer.batch_axis) + len(layer.in_features) + len(layer.out_features)
+        case nnx.Einsum():
+            own = len(layer.kernel_shape)
+    return weight_of(layer).ndim - own
+
+
 def install(layer: QuantizableLayer, q: QTensor) -> None:
     """Puts a QTensor where the layer's weight was, and sets the hooks that compute with it.
 
@@ -80,14 +97,28 @@ def install(layer: QuantizableLayer, q: QTensor) -> None:
     shape = weight_of(layer).shape
     if q.shape != shape:
         raise ValueError(f"a QTensor of shape {q.shape} does not fit a layer's weight {shape}")
+    _hold(layer, QuantizedParam(q))
+
+
+def share(layer: QuantizableLayer, holder: QuantizableLayer) -> None:
+    """Lets a layer compute with the very variable that another layer's QTensor lies in.
+
+    Args:
+      layer: a stock layer; changed in place.
+      holder: a layer that :func:`install` was called for.
+    """
+    _hold(layer, variable_of(holder))
+
+
+def _hold(layer: QuantizableLayer, variable: nnx.Variable) -> None:
     hooks: dict[str, Any]
     match layer:
         case nnx.Embed():
-            hooks = {"embedding": QuantizedParam(q), "promote_dtype": promote_table}
+            hooks = {"embedding": variable, "promote_dtype": promote_table}
         case nnx.Einsum():
-            hooks = {"kernel": QuantizedParam(q), "einsum_op": ops.einsum}
+            hooks = {"kernel": variable, "einsum_op": ops.einsum}
         case _:
-            hooks = {"kernel": QuantizedParam(q), "dot_general": ops.dot_general}
+            hooks = {"kernel": variable, "dot_general": ops.dot_general}
     # setattr, because Flax declares these attributes with the types it fills them with itself.
     for name, value in ({"promote_dtype": promote} | hooks).items():
         setattr(layer, name, value)

@@ -15,7 +15,7 @@ from qjax.algorithms import round_nearest
 from qjax.qtensor import QTensor
 from qjax.ranges import RangeSearch
 from qjax.report import LayerReport, QuantizationReport
-from qjax.scheme import Recipe, Scheme
+from qjax.scheme import Recipe, Rule, Scheme
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -43,7 +43,8 @@ def quantize_model(
 
     Raises:
       ValueError: no layer is quantized at all, a layer's weight holds NaN or a group size does not
-        divide it, or a layer is quantized already; the message begins with the layer's path.
+        divide it, a layer is quantized already, or two layers share a weight that the recipe holds in
+        two ways; the message begins with the layer's path.
 
     Example:
       >>> from flax import nnx
@@ -63,6 +64,7 @@ def quantize_model(
     }
     if not any(rule and rule.scheme for rule in deciding.values()):
         raise ValueError(_nothing_matches(recipe, [path for path, _ in layers]))
+    first_of = _sharing(layers, deciding)
     reports = []
     for path, layer in layers:
         rule = deciding[path]
@@ -71,6 +73,9 @@ def quantize_model(
             reports.append(_left_alone(path, layer, reason))
             continue
         on_layer(path)
+        if path in first_of:
+            reports.append(_share(path, layer, rule.scheme, *first_of[path]))
+            continue
         reports.append(_quantize_layer(path, layer, rule.scheme, search))
     used = {id(rule) for rule in deciding.values()}
     unmatched = tuple(rule.pattern for rule in recipe.rules if id(rule) not in used)
@@ -84,11 +89,9 @@ def _quantize_layer(
     w = nnx_layers.weight_of(layer)
     if isinstance(w, QTensor):
         raise ValueError(f"{path}: already quantized to {w.format.name}; start from the original")
-    try:
-        axis = nnx_layers.contraction_axes(layer)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    q = round_nearest.quantize(w, scheme, axis=axis, search=search, name=path)
+    axis = _contraction_axes(path, layer)
+    stacked = nnx_layers.stacked_axes(layer)
+    q = round_nearest.quantize(w, scheme, axis=axis, stacked=stacked, search=search, name=path)
     error, saturated = _compared(w, q)
     nnx_layers.install(layer, q)
     return LayerReport(
@@ -101,6 +104,67 @@ def _quantize_layer(
         bytes_after=q.nbytes,
         seconds=time.perf_counter() - start,
         saturated=int(saturated),
+    )
+
+
+def _contraction_axes(path: str, layer: nnx_layers.QuantizableLayer) -> tuple[int, ...]:
+    try:
+        return nnx_layers.contraction_axes(layer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _sharing(
+    layers: list[tuple[str, nnx_layers.QuantizableLayer]], deciding: dict[str, Rule | None]
+) -> dict[str, tuple[str, nnx_layers.QuantizableLayer]]:
+    """Every layer that uses an earlier layer's weight variable, with that layer's path and itself.
+
+    Raises:
+      ValueError: the recipe holds the two in different ways.
+    """
+    first: dict[int, tuple[str, nnx_layers.QuantizableLayer]] = {}
+    result = {}
+    for path, layer in layers:
+        earlier_path, earlier = first.setdefault(id(nnx_layers.variable_of(layer)), (path, layer))
+        if earlier is layer:
+            continue
+        rules = deciding[path], deciding[earlier_path]
+        ours, theirs = (rule.scheme if rule else None for rule in rules)
+        if ours != theirs:
+            names = [scheme.name if scheme else "plain" for scheme in (ours, theirs)]
+            raise ValueError(
+                f"{path}: is to be {names[0]}, but it shares its weight with {earlier_path}, which is "
+                f"to be {names[1]}; give both the same scheme"
+            )
+        result[path] = earlier_path, earlier
+    return result
+
+
+def _share(
+    path: str,
+    layer: nnx_layers.QuantizableLayer,
+    scheme: Scheme,
+    earlier_path: str,
+    earlier: nnx_layers.QuantizableLayer,
+) -> LayerReport:
+    """Gives a layer the QTensor of the earlier one; no bytes are counted twice."""
+    ours, theirs = _contraction_axes(path, layer), nnx_layers.contraction_axes(earlier)
+    if ours != theirs:
+        raise ValueError(
+            f"{path}: sums over axes {ours} of a weight that {earlier_path} shares and sums over "
+            f"{theirs}; leave both plain"
+        )
+    nnx_layers.share(layer, earlier)
+    return LayerReport(
+        path=path,
+        scheme=scheme.name,
+        method="rtn",
+        shape=nnx_layers.weight_of(layer).shape,
+        relative_output_error=None,
+        bytes_before=0,
+        bytes_after=0,
+        seconds=0.0,
+        reason=f"shares the weight of {earlier_path}",
     )
 
 

@@ -16,11 +16,11 @@ class LayerReport:
       method: algorithm that quantized it; None when none did.
       shape: of the weight.
       relative_output_error: ``|x w - x w'| / |x w|`` in expectation over white inputs ``x``, which is
-        ``|w - w'| / |w|``; None when the layer was left as it is.
-      bytes_before: of the weight as it was.
+        ``|w - w'| / |w|``; None when the layer was left as it is or shares another's weight.
+      bytes_before: of the weight as it was; 0 when it is counted with another layer.
       bytes_after: of what stands in its place.
       seconds: spent on it.
-      reason: why it was left as it is; empty otherwise.
+      reason: why it was left as it is, or whose weight it shares; empty otherwise.
       saturated: infinite weights, which took the ends of their tiles' ranges.
     """
 

@@ -36,6 +36,21 @@ def check_writable(out: Path) -> None:
         raise ValueError(f"{out}: cannot be written: no permission to write in {parent}")
 
 
+def check_space(out: Path, needed: int) -> None:
+    """Checks that the disk has room for `needed` bytes more.
+
+    Raises:
+        ValueError: it has less.
+    """
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(
+            f"{out}: disk full: the weights take {needed / 2**20:.1f} MiB, and {parent} has "
+            f"{free / 2**20:.1f} MiB left; nothing was written"
+        )
+
+
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """Hands out a temporary sibling of `out` that becomes `out` when the block ends well.

@@ -28,7 +28,12 @@ from qjax.qtensor import unpacked
 from qjax.scheme import ActivationScheme
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import read_json, write_json
-from qjax_checkpoints.parameters import named_variables, place, read_decoder_config
+from qjax_checkpoints.parameters import (
+    check_numbers,
+    named_variables,
+    place,
+    read_decoder_config,
+)
 from qjax_models import Decoder
 
 DESCRIPTION_FILE = "qjax.json"
@@ -74,8 +79,8 @@ def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, 
         The model and its `config.json`.
 
     Raises:
-        ValueError: written by a newer qjax, an incomplete or broken directory, or parameters other
-            than `config.json` describes.
+        ValueError: written by a newer qjax, an incomplete or broken directory, NaN, or parameters
+            other than `config.json` describes.
     """
     description = _read_description(path / DESCRIPTION_FILE)
     config = read_json(path / CONFIG_FILE)
@@ -87,11 +92,12 @@ def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, 
     arrays = _restore(path / _ARRAYS, parameters, dtype)
     layers = dict(nnx_layers.quantizable_layers(model))
     for name, entry in parameters.items():
-        if "format" not in entry:
-            variables[name].set_value(arrays[name])
+        value = arrays[name] if "format" not in entry else _assemble(entry, arrays[name], dtype)
+        check_numbers(value, f"{path}: parameter {name}")
+        if not isinstance(value, QTensor):
+            variables[name].set_value(value)
             continue
-        q = _assemble(entry, arrays[name], dtype)
-        place(layers[name.rpartition("/")[0]], variables[name], q)
+        place(layers[name.rpartition("/")[0]], variables[name], value)
     return model, config
 
 

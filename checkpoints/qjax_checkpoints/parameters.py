@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Shaped
 
 from qjax import QTensor, nnx_layers
 from qjax_checkpoints.directory import ModelDirectory
@@ -62,7 +63,8 @@ def load_plain(directory: ModelDirectory, dtype: DTypeLike | None) -> Decoder:
         dtype: what every tensor is cast to; None leaves each as it is stored.
 
     Raises:
-        ValueError: tensors are missing, unexpected, or of a shape that the configuration forbids.
+        ValueError: tensors are missing, unexpected, of a shape that the configuration forbids, or
+            hold NaN.
     """
     model = abstract_model(directory, dtype)
     fill(model, directory, wanted=hf_tensors(model), names=list(directory), dtype=dtype)
@@ -87,7 +89,8 @@ def fill(
         dtype: what every tensor is cast to; None leaves each as it is stored.
 
     Raises:
-        ValueError: tensors are missing, unexpected, or of a shape that the configuration forbids.
+        ValueError: tensors are missing, unexpected, of a shape that the configuration forbids, or
+            hold NaN.
     """
     _check_names(directory, wanted, names)
     variables = named_variables(model)
@@ -95,7 +98,8 @@ def fill(
         _check_shape(directory, name, layout, variables[path].get_value().shape)
     for name, (path, layout) in wanted.items():
         array = _on_device(directory.tensor(name), layout, dtype)
-        variables[path].set_value(array.block_until_ready())
+        check_numbers(array, f"{directory.path}: tensor {name}")
+        variables[path].set_value(array)
         directory.release(name)
 
 
@@ -134,6 +138,25 @@ def named_variables(model: Decoder) -> dict[str, nnx.Variable]:
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.Variable)
     }
+
+
+def check_numbers(value: jax.Array | QTensor, what: str) -> None:
+    """Checks that an array, or the codes and scales of a QTensor, are numbers.
+
+    Here and not where they are used: a model with one NaN answers everything with nonsense, and only
+    the loader still knows which tensor of the directory is at fault.
+
+    Raises:
+        ValueError: NaN; the message begins with `what`.
+    """
+    floats = [x for x in jax.tree.leaves(value) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if any(bool(_has_nan(x)) for x in floats):
+        raise ValueError(f"{what}: NaN among the values; a number is needed everywhere")
+
+
+@jax.jit
+def _has_nan(array: Shaped[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.isnan(array.astype(jnp.float32)).any()
 
 
 def _on_device(tensor: np.ndarray, layout: Layout, dtype: DTypeLike | None) -> jax.Array:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one door out: a model directory, whole or not at all."""
 
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from qjax import QTensor, dequantize
-from qjax_checkpoints.atomic import check_writable, new_directory
+from qjax import QTensor, Recipe, dequantize, nnx_layers, quantize
+from qjax.qtensor import device_bytes
+from qjax_checkpoints.atomic import check_space, check_writable, new_directory
 from qjax_checkpoints.checkpoint import Checkpoint
-from qjax_checkpoints.compressed_tensors.write import compressed
+from qjax_checkpoints.compressed_tensors.write import check_held, compressed
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import write_json
 from qjax_checkpoints.orbax_directory import write_orbax
@@ -78,6 +81,8 @@ def save(
             pass  # Orbax takes the model as it is
         case _:
             raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
+    weights = sum(tensor.nbytes for tensor in tensors.values())
+    check_space(out, weights or device_bytes(nnx.state(model)))
     with new_directory(out) as folder:
         _copy_companions(source.path, folder)
         write_json(folder / CONFIG_FILE, config)
@@ -87,6 +92,30 @@ def save(
             write_orbax(folder, model)
         else:
             write_weights(folder, tensors, shard_bytes=shard_bytes)
+
+
+def check_format(model: Decoder, recipe: Recipe, format: str) -> None:
+    """Checks that a format will hold what a recipe makes of a model: before the work, not after it.
+
+    Args:
+        model: not quantized yet.
+        recipe: how it is going to be.
+        format: one of `FORMATS`.
+
+    Raises:
+        ValueError: the format does not hold a layer (named), or a group size does not divide it.
+    """
+    if format != "compressed-tensors":
+        return
+    for path, layer in nnx_layers.quantizable_layers(model):
+        scheme = recipe.scheme_for(path)
+        weight = nnx_layers.weight_of(layer)
+        if scheme is None or isinstance(weight, QTensor):
+            continue
+        shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+        axis = nnx_layers.contraction_axes(layer)
+        quantized = functools.partial(quantize, scheme=scheme, axis=axis, name=path)
+        check_held(path.replace("/", "."), jax.eval_shape(quantized, shape))
 
 
 def _plain_config(model: Decoder, config: Mapping[str, Any]) -> dict[str, Any]:

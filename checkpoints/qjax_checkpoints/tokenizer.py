@@ -85,7 +85,8 @@ def load_tokenizer(path: Path, *, vocab_size: int) -> TextTokenizer:
         vocab_size: rows of the model's token table; every token must have one.
 
     Raises:
-        ValueError: `tokenizer.json` is missing or broken, or has tokens that the model lacks.
+        ValueError: `tokenizer.json` is missing or broken, or has tokens that the model lacks; or
+            another file's end tokens are no token ids.
     """
     file = path / _TOKENIZER_FILE
     if not file.is_file():
@@ -118,8 +119,14 @@ def _eos_ids(
     """Returns the ids that end a text: of the first file that names any."""
     for name in ("generation_config.json", "config.json"):
         ids = _optional_json(path / name).get("eos_token_id")
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
+        if ids is None:
+            continue
+        ids = tuple(ids) if isinstance(ids, list) else (ids,)
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise ValueError(
+                f"{path / name}: 'eos_token_id' must be a token id or a list of them, not {ids!r}"
+            )
+        return ids
     eos_id = _token_id(backend, settings.get("eos_token"))
     return () if eos_id is None else (eos_id,)
 

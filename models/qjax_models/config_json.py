@@ -8,6 +8,7 @@ read: `rope_theta` + `rope_scaling` (transformers < 5) and one `rope_parameters`
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from qjax_models.config import Activation, DecoderConfig
 from qjax_models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope
@@ -30,16 +31,30 @@ class ConfigJson:
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number; required without a default."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not isinstance(value, int) or not _is_number(value):
             raise self._wrong(key, value, "a whole number")
         return value
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1 up; required without a default."""
+        value = self.integer(key, default)
+        if value < 1:
+            raise self._wrong(key, value, "at least 1")
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
-        """A number; required without a default."""
+        """A finite number; required without a default."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value):
             raise self._wrong(key, value, "a number")
         return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number above zero; required without a default."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise self._wrong(key, value, "above zero")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -58,7 +73,7 @@ class ConfigJson:
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of numbers; required."""
         value = self._value(key, None)
-        if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
+        if not isinstance(value, list) or not all(map(_is_number, value)):
             raise self._wrong(key, value, "a list of numbers")
         return tuple(float(x) for x in value)
 
@@ -75,17 +90,17 @@ class ConfigJson:
         """Whether the key is there and not null."""
         return self.values.get(key) is not None
 
-    def optional_integer(self, key: str, default: int | None = None) -> int | None:
-        """A whole number or None; an explicit null is None whatever the default."""
+    def optional_size(self, key: str, default: int | None = None) -> int | None:
+        """A whole number from 1 up, or None; an explicit null is None whatever the default."""
         if key not in self.values:
             return default
-        return self.integer(key) if self.has(key) else None
+        return self.size(key) if self.has(key) else None
 
-    def optional_number(self, key: str, default: float | None = None) -> float | None:
-        """A number or None; an explicit null is None whatever the default."""
+    def optional_positive(self, key: str, default: float | None = None) -> float | None:
+        """A number above zero, or None; an explicit null is None whatever the default."""
         if key not in self.values:
             return default
-        return self.number(key) if self.has(key) else None
+        return self.positive(key) if self.has(key) else None
 
     def _value(self, key: str, default: object) -> object:
         value = self.values.get(key)
@@ -96,7 +111,16 @@ class ConfigJson:
         return default
 
     def _wrong(self, key: str, value: object, right: str) -> ValueError:
-        return ValueError(f"{self.name}: {key!r} must be {right}, not {value!r}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+        return ValueError(f"{self.name}: {key!r} must be {right}, not {shown}")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a JSON value is a number that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
 
 
 def plain_decoder(
@@ -116,17 +140,17 @@ def plain_decoder(
         activation: the same.
         rope: of full layers; None: as the file says for all layers.
     """
-    hidden_size = json.integer("hidden_size")
-    num_heads = json.integer("num_attention_heads")
+    hidden_size = json.size("hidden_size")
+    num_heads = json.size("num_attention_heads")
     return DecoderConfig(
-        vocab_size=json.integer("vocab_size"),
+        vocab_size=json.size("vocab_size"),
         hidden_size=hidden_size,
-        mlp_size=json.integer("intermediate_size"),
-        num_layers=json.integer("num_hidden_layers"),
+        mlp_size=json.size("intermediate_size"),
+        num_layers=json.size("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=json.integer("num_key_value_heads", num_heads),
-        head_size=json.integer("head_dim", head_size or hidden_size // num_heads),
-        max_positions=json.integer("max_position_embeddings"),
+        num_kv_heads=json.size("num_key_value_heads", num_heads),
+        head_size=json.size("head_dim", head_size or hidden_size // num_heads),
+        max_positions=json.size("max_position_embeddings"),
         activation=_activation(json, activation),
         norm_eps=json.number("rms_norm_eps", 1e-6),
         rope=_rope(json) if rope is None else rope,
@@ -153,7 +177,7 @@ def sliding_layers(json: ConfigJson, num_layers: int, default: tuple[int, ...]) 
 
 def upper_layers_slide(plain: DecoderConfig, json: ConfigJson) -> DecoderConfig:
     """Qwen's windows: none unless switched on, then in the layers from `max_window_layers` up."""
-    window = json.optional_integer("sliding_window", default=4096)
+    window = json.optional_size("sliding_window", default=4096)
     if window is None or not json.flag("use_sliding_window", False):
         return plain
     upper = tuple(range(json.integer("max_window_layers", 28), plain.num_layers))
@@ -171,7 +195,7 @@ def read_rope(
 ) -> Rope:
     """One rope object; the arguments stand for what it leaves out."""
     return Rope(
-        theta=parameters.number("rope_theta", theta),
+        theta=parameters.positive("rope_theta", theta),
         fraction=parameters.number("partial_rotary_factor", fraction),
         scaling=_scaling(parameters, max_positions, original_positions),
     )
@@ -192,10 +216,10 @@ def _rope(json: ConfigJson) -> Rope:
     key = "rope_parameters" if json.has("rope_parameters") else "rope_scaling"
     return read_rope(
         json.nested(key),
-        theta=json.number("rope_theta", 10000.0),
+        theta=json.positive("rope_theta", 10000.0),
         fraction=json.number("partial_rotary_factor", 1.0),
-        max_positions=json.integer("max_position_embeddings"),
-        original_positions=json.optional_integer("original_max_position_embeddings"),
+        max_positions=json.size("max_position_embeddings"),
+        original_positions=json.optional_size("original_max_position_embeddings"),
     )
 
 
@@ -204,25 +228,25 @@ def _scaling(
 ) -> LinearScaling | Llama3Scaling | LongRopeScaling | None:
     kind = parameters.text("rope_type", parameters.text("type", "default"))
     # Phi-3 keeps the original length outside; that one counts.
-    original = original_positions or parameters.integer(
+    original = original_positions or parameters.size(
         "original_max_position_embeddings", max_positions
     )
     match kind:
         case "default":
             return None
         case "linear":
-            return LinearScaling(factor=parameters.number("factor"))
+            return LinearScaling(factor=parameters.positive("factor"))
         case "llama3":
             return Llama3Scaling(
-                factor=parameters.number("factor"),
-                low_freq_factor=parameters.number("low_freq_factor"),
-                high_freq_factor=parameters.number("high_freq_factor"),
+                factor=parameters.positive("factor"),
+                low_freq_factor=parameters.positive("low_freq_factor"),
+                high_freq_factor=parameters.positive("high_freq_factor"),
                 original_positions=original,
             )
         case "longrope" | "su":
-            stretch = parameters.number("factor", max_positions / original)
+            stretch = parameters.positive("factor", max_positions / original)
             # More keys compete in a longer sequence: scores grow with its logarithm.
-            grown = math.sqrt(1 + math.log(max(stretch, 1.0)) / math.log(original))
+            grown = math.sqrt(1 + math.log(max(stretch, 1.0)) / math.log(max(original, 2)))
             return LongRopeScaling(
                 short_factor=parameters.numbers("short_factor"),
                 long_factor=parameters.numbers("long_factor"),

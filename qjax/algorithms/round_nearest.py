@@ -25,6 +25,7 @@ def quantize(
     scheme: str | Scheme,
     *,
     axis: int | tuple[int, ...] | None = None,
+    stacked: int = 0,
     search: RangeSearch = RangeSearch(),  # noqa: B008  frozen
     name: str = "array",
 ) -> QTensor:
@@ -35,6 +36,8 @@ def quantize(
       scheme: how to hold it, or the scheme's name.
       axis: what a product sums over, and groups run along the last of; the last but one by default,
         as in a ``[in, out]`` kernel, and the only one of a vector.
+      stacked: how many leading axes only stack weights, as those of scanned layers do: each weight
+        gets the scales that it would get alone, and a scan takes them apart again.
       search: how the range of each tile is chosen.
       name: what errors call the array, such as its path in a model.
 
@@ -55,9 +58,9 @@ def quantize(
     parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     if w.size == 0 or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"{name}: need floats to quantize, got {w.dtype} of shape {w.shape}")
-    axes = _contraction(w.ndim, axis, name)
-    tile = tile_of(w.shape, parsed.weights, axes, name)
-    q, has_nan = _quantize(w, parsed, axes, tile, search)
+    axes = _contraction(w.ndim - stacked, axis, name)
+    tile = tile_of(w.shape[stacked:], parsed.weights, axes, name)
+    q, has_nan = _quantize(w, parsed, axes, tile, stacked, search)
     if not isinstance(has_nan, Tracer) and bool(has_nan):
         raise ValueError(f"{name}: NaN among the weights; a number is needed everywhere")
     return q
@@ -107,24 +110,27 @@ def tile_of(
             return tuple(size if i in sides else 1 for i in range(ndim))
 
 
-@functools.partial(jax.jit, static_argnames=("scheme", "axis", "tile", "search"))
+@functools.partial(jax.jit, static_argnames=("scheme", "axis", "tile", "stacked", "search"))
 def _quantize(
-    w: Float[Array, "..."], scheme: Scheme, axis: Any, tile: Any, search: RangeSearch
+    w: Float[Array, "..."], scheme: Scheme, axis: Any, tile: Any, stacked: int, search: RangeSearch
 ) -> tuple[QTensor, Bool[Array, ""]]:
-    grid = ranges.find_grid(w, scheme.weights, tile, search)
-    codes = ranges.encode(w, grid, scheme.weights.format, tile)
-    q = QTensor.from_codes(
-        codes,
-        grid.scale,
-        grid.zero,
-        grid.tensor_scale,
-        format=scheme.weights.format,
-        axis=axis,
-        tile=tile,
-        dtype=w.dtype,
-        activations=scheme.activations,
-    )
-    return q, jnp.isnan(w).any()
+    def one(w: Float[Array, "..."]) -> QTensor:
+        grid = ranges.find_grid(w, scheme.weights, tile, search)
+        return QTensor.from_codes(
+            ranges.encode(w, grid, scheme.weights.format, tile),
+            grid.scale,
+            grid.zero,
+            grid.tensor_scale,
+            format=scheme.weights.format,
+            axis=axis,
+            tile=tile,
+            dtype=w.dtype,
+            activations=scheme.activations,
+        )
+
+    for _ in range(stacked):
+        one = jax.vmap(one)
+    return one(w), jnp.isnan(w).any()
 
 
 def _contraction(ndim: int, axis: int | tuple[int, ...] | None, name: str) -> tuple[int, ...]:

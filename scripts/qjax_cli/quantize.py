@@ -21,7 +21,7 @@ from qjax.report import QuantizationReport
 from qjax.scheme import SUPPORTED
 from qjax_checkpoints.atomic import check_writable
 from qjax_checkpoints.load import load
-from qjax_checkpoints.save import save
+from qjax_checkpoints.save import check_format, save
 from qjax_cli.console import Console
 
 
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     source = load(args.source)
     for line in source.notes:
         console.note(line)
+    check_format(source.model, recipe, args.format)
     count = sum(
         1
         for path, _ in nnx_layers.quantizable_layers(source.model)

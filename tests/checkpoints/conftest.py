@@ -5,12 +5,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from qjax import quantize_model
 from qjax_checkpoints.checkpoint import Checkpoint
 from qjax_checkpoints.load import load
+from qjax_checkpoints.parameters import stored_values
+from qjax_checkpoints.save import save
+from qjax_models import Decoder
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -87,3 +92,29 @@ def quantizable_llama(tiny_llama) -> Checkpoint:
     (path / "LICENSE").write_text("free")
     (path / "training.log").write_text("noise")
     return load(path)
+
+
+@pytest.fixture
+def write_quantized(quantizable_llama, tmp_path) -> Callable[..., tuple[Decoder, Path]]:
+    """Quantizes the tiny Llama and writes it; returns the model and the directory."""
+
+    def write(recipe, format: str) -> tuple[Decoder, Path]:
+        model, _ = quantize_model(quantizable_llama.model, recipe)
+        save(model, quantizable_llama, tmp_path / "out", format)
+        return model, tmp_path / "out"
+
+    return write
+
+
+@pytest.fixture
+def assert_same_model() -> Callable[[Decoder, Decoder], None]:
+    """Says that two models hold the same bits in the same structure."""
+
+    def check(a: Decoder, b: Decoder) -> None:
+        pairs = zip(stored_values(a), stored_values(b), strict=True)
+        for (name, _, x), (other, _, y) in pairs:
+            assert name == other and jax.tree.structure(x) == jax.tree.structure(y), name
+            for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+                assert p.dtype == q.dtype and np.asarray(p).tobytes() == np.asarray(q).tobytes()
+
+    return check

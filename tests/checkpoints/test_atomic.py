@@ -4,6 +4,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import textwrap
 
 import pytest
 
-from qjax_checkpoints.atomic import check_writable, new_directory
+from qjax_checkpoints.atomic import check_space, check_writable, new_directory
 
 
 def test_appears_whole(tmp_path):
@@ -67,6 +68,15 @@ def test_full_disk(tmp_path, number):
             (folder / "file").write_text("text")
             raise OSError(number, os.strerror(number))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_told_before_the_writing(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    check_space(tmp_path / "deep" / "out", free // 2)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/out: disk full: .* take \d+.\d MiB, .* left"
+    ):
+        check_space(tmp_path / "out", 2 * free)
 
 
 def test_full_disk_told_in_words(tmp_path):

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """qjax's own directory holds every scheme, bit for bit, and says what it cannot read."""
 
+import functools
 import json
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from qjax import Recipe, quantize_model
+from qjax import Recipe
 from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints.load import load
-from qjax_checkpoints.parameters import stored_values
 from qjax_checkpoints.save import save
 from qjax_models import Decoder
 
@@ -32,22 +31,9 @@ SCHEMES = [
 ]
 
 
-def assert_same_model(a, b) -> None:
-    pairs = zip(stored_values(a), stored_values(b), strict=True)
-    for (name, _, x), (other, _, y) in pairs:
-        assert name == other and jax.tree.structure(x) == jax.tree.structure(y), name
-        for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
-            assert p.dtype == q.dtype and np.asarray(p).tobytes() == np.asarray(q).tobytes(), name
-
-
 @pytest.fixture
-def write(quantizable_llama, tmp_path):
-    def write(recipe):
-        model, _ = quantize_model(quantizable_llama.model, recipe)
-        save(model, quantizable_llama, tmp_path / "out", "orbax")
-        return model, tmp_path / "out"
-
-    return write
+def write(write_quantized):
+    return functools.partial(write_quantized, format="orbax")
 
 
 def message(path) -> str:
@@ -58,14 +44,14 @@ def message(path) -> str:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_round_trip(write, scheme):
+def test_round_trip(write, scheme, assert_same_model):
     model, path = write(scheme)
     checkpoint = load(path)
     assert checkpoint.kind == "qjax"
     assert_same_model(model, checkpoint.model)
 
 
-def test_a_quantized_embedding(write):
+def test_a_quantized_embedding(write, assert_same_model):
     rules = [[".*embed_tokens", "w8a16-channel"], ["lm_head", "w8a16-channel"], [".*", "w4a16-g16"]]
     model, path = write(Recipe.from_json(rules))
     loaded = load(path).model
@@ -75,7 +61,7 @@ def test_a_quantized_embedding(write):
     np.testing.assert_array_equal(forward(model, tokens), forward(loaded, tokens))
 
 
-def test_a_plain_model(quantizable_llama, tmp_path):
+def test_a_plain_model(quantizable_llama, tmp_path, assert_same_model):
     save(quantizable_llama.model, quantizable_llama, tmp_path / "out", "orbax")
     assert_same_model(quantizable_llama.model, load(tmp_path / "out").model)
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ WRONG = [
     ({"rope_parameters": 7}, "'rope_parameters' must be an object, not 7"),
     ({"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
     ({"head_dim": 7}, "head_size=7 must be even"),
-    ({"num_hidden_layers": 0}, "num_layers=0 must be positive"),
+    ({"num_hidden_layers": 0}, "'num_hidden_layers' must be at least 1, not 0"),
 ]
 
 
@@ -115,6 +116,26 @@ def test_wrong_configs_are_one_line_errors(goldens, change, message):
         config_from_hf(goldens["llama"].json | change)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [0, -1, 1, 2.5, math.inf, 10**400, "x", True, None, [], {}, [[]]],
+    ids=lambda x: str(x)[:5],
+)
+def test_no_value_of_any_key_is_a_traceback(golden, bad):
+    nested = [
+        (outer, outer_value | {key: bad})
+        for outer, outer_value in golden.json.items()
+        if isinstance(outer_value, dict)
+        for key in outer_value
+    ]
+    for key, value in [*((key, bad) for key in golden.json), *nested]:
+        try:
+            config_from_hf(golden.json | {key: value})
+        except ValueError as error:
+            line = str(error)
+            assert line.startswith("config.json") and "\n" not in line and len(line) < 300, key
 
 
 def test_wrong_layer_types_are_named(goldens):

@@ -199,7 +199,7 @@ def test_layers_scanned_over(decoded):
             return run(x, self.layers)
 
     model = Deep()
-    for name in ("w4a16-g8-asym", "w8a8"):
+    for name in ("w4a16-g8-asym", "w8a8", "w8a16-tensor", "nvfp4"):
         quantized, _ = qjax.quantize_model(model, name)
         (q,) = quantized_layers(quantized).values()
         assert q.shape == (3, 16, 16) and q.nbytes < model.layers.kernel[...].nbytes / 2

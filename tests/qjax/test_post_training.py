@@ -164,6 +164,40 @@ def test_a_shared_layer_is_quantized_once():
     assert len(report.quantized) == 1 and quantized.first is quantized.second
 
 
+class Tied(nnx.Module):
+    """Two layers around one weight variable."""
+
+    def __init__(self):
+        self.first = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+        self.second = nnx.Linear(16, 16, rngs=nnx.Rngs(1))
+        self.second.kernel = self.first.kernel
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_shared_weight_stays_shared():
+    model = Tied()
+    quantized, report = qjax.quantize_model(model, "w8a16-channel")
+    assert quantized.first.kernel is quantized.second.kernel
+    assert [layer.reason for layer in report.layers] == ["", "shares the weight of first"]
+    assert report.as_json()["totals"]["bytes_before"] == 16 * 16 * 4
+    np.testing.assert_allclose(
+        quantized(jnp.ones((1, 16))), model(jnp.ones((1, 16))), atol=0.02, rtol=0.02
+    )
+    reloaded = nnx.merge(*nnx.split(quantized))
+    assert reloaded.first.kernel is reloaded.second.kernel
+
+
+def test_a_shared_weight_is_held_in_one_way():
+    refused(
+        Tied(),
+        rules(("first", "w8a16-channel"), ("second", "w4a16-g8")),
+        "^second: is to be w4a16-g8, but it shares its weight with first, .* w8a16-channel",
+    )
+    refused(Tied(), rules(("second", "w4a16-g8")), "shares its weight with first, .* plain")
+
+
 def refused(model, recipe, message, **choices) -> str:
     with pytest.raises(ValueError, match=message) as caught:
         qjax.quantize_model(model, recipe, **choices)

@@ -225,11 +225,14 @@ def test_vmap_over_stacked_layers(q, stacked):
     assert jax.vmap(lambda x: qjax.matmul(x, q))(x).shape == (3, 1, 6)
 
 
-@pytest.mark.parametrize("name", ["w4a16-g16", "w4a16-g16-asym", "w3a16-channel", "w8a8"])
+@pytest.mark.parametrize(
+    "name",
+    ["w4a16-g16", "w4a16-g16-asym", "w3a16-channel", "w8a8", "w8a16-tensor", "fp8-block", "nvfp4"],
+)
 def test_layers_quantized_as_one_stack(name, weight):
     """A weight with a leading layer axis gives what its layers give, also to scan and vmap."""
     weights = jnp.stack([weight, weight * 3])
-    together = qjax.quantize(weights, name)
+    together = qjax.quantize(weights, name, stacked=1)
     one_by_one = [qjax.quantize(w, name) for w in weights]
     assert together.shape == (2, *SHAPE)
     x = jnp.ones((1, 64))

@@ -24,7 +24,7 @@ from qjax_checkpoints.compressed_tensors.config import (
 )
 from qjax_checkpoints.compressed_tensors.layouts import LayerSpec
 from qjax_checkpoints.directory import ModelDirectory
-from qjax_checkpoints.parameters import abstract_model, fill, place
+from qjax_checkpoints.parameters import abstract_model, check_numbers, fill, place
 from qjax_models import Decoder
 from qjax_models.names import hf_tensors
 
@@ -128,7 +128,9 @@ def _install(
         dtype=np.dtype(layer.kernel.get_value().dtype),
         activations=read_activations(group.activations),
     )
-    place(layer, layer.kernel, _decode(dict(tensors), spec))
+    q = _decode(dict(tensors), spec)
+    check_numbers(q, "codes and scales")
+    place(layer, layer.kernel, q)
     for suffix in tensors:
         directory.release(f"{name}.{suffix}")
     return group.activations

@@ -28,7 +28,8 @@ def compressed(model: Decoder) -> tuple[dict[str, PendingTensor], dict[str, Any]
         if isinstance(value, QTensor):
             layer = name.removesuffix(".weight")
             layers[layer] = value
-            tensors |= {f"{layer}.{key}": part for key, part in _encoded(layer, value).items()}
+            check_held(layer, value)
+            tensors |= {f"{layer}.{key}": part for key, part in layouts.encode(value).items()}
         else:
             tensors[name] = pending_parameter(value, layout)
     if not layers:
@@ -36,9 +37,18 @@ def compressed(model: Decoder) -> tuple[dict[str, PendingTensor], dict[str, Any]
     return tensors, write_config(layers, _plain_layers(model, layers))
 
 
-def _encoded(layer: str, q: QTensor) -> dict[str, PendingTensor]:
+def check_held(layer: str, q: QTensor) -> None:
+    """Checks that a format of compressed-tensors holds a layer.
+
+    Args:
+        layer: its dotted name.
+        q: its weight; shapes in place of arrays will do.
+
+    Raises:
+        ValueError: none does; the message names the layer.
+    """
     try:
-        return layouts.encode(q)
+        layouts.format_of(q)
     except ValueError as error:
         raise ValueError(
             f"layer {layer}: compressed-tensors: {error}; --format orbax holds everything"

@@ -31,7 +31,13 @@ def config_from_hf(config: Mapping[str, object]) -> DecoderConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type {model_type!r} is not supported; "
+            f"config.json: model_type {str(model_type)[:80]!r} is not supported; "
             f"supported: {', '.join(FAMILIES)}"
         )
-    return FAMILIES[model_type](config)
+    try:
+        return FAMILIES[model_type](config)
+    except ValueError as error:
+        # Sizes that do not go together are found by DecoderConfig, which knows no file.
+        message = str(error)
+        named = message if message.startswith("config.json") else f"config.json: {message}"
+        raise ValueError(named) from error

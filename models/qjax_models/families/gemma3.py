@@ -39,7 +39,7 @@ def from_hf(config: Mapping[str, object]) -> DecoderConfig:
         json, tied_embeddings=True, head_size=256, activation="gelu_pytorch_tanh", rope=full
     )
     attention_bias = json.flag("attention_bias", False)
-    pattern = json.integer("sliding_window_pattern")
+    pattern = json.size("sliding_window_pattern")
     all_but_every_nth = tuple(i for i in range(plain.num_layers) if (i + 1) % pattern)
     return replace(
         plain,
@@ -47,11 +47,11 @@ def from_hf(config: Mapping[str, object]) -> DecoderConfig:
         post_norms=True,
         query_key_norm=True,
         embedding_scale=math.sqrt(plain.hidden_size),
-        query_scale=json.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=json.optional_number("attn_logit_softcapping"),
-        logit_softcap=json.optional_number("final_logit_softcapping"),
+        query_scale=json.positive("query_pre_attn_scalar", 256) ** -0.5,
+        attention_softcap=json.optional_positive("attn_logit_softcapping"),
+        logit_softcap=json.optional_positive("final_logit_softcapping"),
         sliding_rope=sliding,
-        sliding_window=json.integer("sliding_window", 4096),
+        sliding_window=json.size("sliding_window", 4096),
         sliding_layers=sliding_layers(json, plain.num_layers, default=all_but_every_nth),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
@@ -67,9 +67,9 @@ def _ropes(json: ConfigJson) -> tuple[Rope, Rope]:
     """Positions of full and of sliding layers, in either spelling."""
     by_kind = json.nested("rope_parameters")
     full = by_kind.nested("full_attention") if by_kind.values else json.nested("rope_scaling")
-    full_theta = json.number("rope_theta", 1e6)
-    sliding_theta = json.number("rope_local_base_freq", 1e4)
-    max_positions = json.integer("max_position_embeddings")
+    full_theta = json.positive("rope_theta", 1e6)
+    sliding_theta = json.positive("rope_local_base_freq", 1e4)
+    max_positions = json.size("max_position_embeddings")
     sliding = by_kind.nested("sliding_attention")
     return (
         read_rope(full, theta=full_theta, max_positions=max_positions),

@@ -16,7 +16,7 @@ def from_hf(config: Mapping[str, object]) -> DecoderConfig:
     """The decoder that a `MistralConfig` describes."""
     json = ConfigJson(config)
     plain = plain_decoder(json)
-    window = json.optional_integer("sliding_window", default=4096)
+    window = json.optional_size("sliding_window", default=4096)
     return replace(
         plain,
         sliding_window=window,

@@ -18,7 +18,7 @@ def from_hf(config: Mapping[str, object]) -> DecoderConfig:
     """The decoder that a `Phi3Config` describes."""
     json = ConfigJson(config)
     plain = plain_decoder(json)
-    window = json.optional_integer("sliding_window")
+    window = json.optional_size("sliding_window")
     return replace(
         plain,
         fused_projections=True,

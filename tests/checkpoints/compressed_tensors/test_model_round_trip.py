@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models out and in again, and each way in which a directory can contradict itself."""
 
+import functools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from flax import nnx
 from qjax import Recipe, dequantize, quantize_model
 from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints.load import load
-from qjax_checkpoints.parameters import stored_values
 from qjax_checkpoints.safetensors_file import open_safetensors
 from qjax_checkpoints.save import save
 from qjax_checkpoints.shards import pending_array, write_safetensors
@@ -22,24 +21,9 @@ forward = nnx.jit(Decoder.__call__)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
-def assert_same_model(a, b) -> None:
-    pairs = zip(stored_values(a), stored_values(b), strict=True)
-    for (name, _, x), (other, _, y) in pairs:
-        assert name == other and jax.tree.structure(x) == jax.tree.structure(y), name
-        for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
-            assert p.dtype == q.dtype and np.asarray(p).tobytes() == np.asarray(q).tobytes(), name
-
-
 @pytest.fixture
-def write(quantizable_llama, tmp_path):
-    """Quantizes the tiny Llama and writes it; returns the model and the directory."""
-
-    def write(recipe):
-        model, _ = quantize_model(quantizable_llama.model, recipe)
-        save(model, quantizable_llama, tmp_path / "out", "compressed-tensors")
-        return model, tmp_path / "out"
-
-    return write
+def write(write_quantized):
+    return functools.partial(write_quantized, format="compressed-tensors")
 
 
 def config_of(path) -> dict:
@@ -71,7 +55,7 @@ def message(path) -> str:
     "scheme",
     ["w4a16-g16-asym", "w3a16-channel", "w8a8", "w4a8-g32", "fp8-dynamic", "mxfp4"],
 )
-def test_round_trip(write, scheme):
+def test_round_trip(write, scheme, assert_same_model):
     model, path = write(scheme)
     checkpoint = load(path)
     assert checkpoint.kind == "compressed-tensors" and checkpoint.notes == ()
@@ -139,7 +123,7 @@ def test_input_activations(write):
     }
 
 
-def test_several_groups(write):
+def test_several_groups(write, assert_same_model):
     rules = [[".*down_proj", "w8a16-channel"], [".*q_proj", "fp8"], [".*o_proj", None]]
     model, path = write(Recipe.from_json([*rules, [".*", "w4a16-g16-asym"]]))
     config = config_of(path)
@@ -161,7 +145,7 @@ def test_several_groups(write):
     np.testing.assert_array_equal(forward(model, tokens), forward(loaded, tokens))
 
 
-def test_a_tied_head_is_ignored(tiny_llama, tmp_path):
+def test_a_tied_head_is_ignored(tiny_llama, tmp_path, assert_same_model):
     source = load(tiny_llama(tie_word_embeddings=True)[0])
     model, _ = quantize_model(source.model, "w4a16-g16")
     save(model, source, tmp_path / "out", "compressed-tensors")
@@ -169,7 +153,7 @@ def test_a_tied_head_is_ignored(tiny_llama, tmp_path):
     assert_same_model(model, load(tmp_path / "out").model)
 
 
-def test_a_quantized_head(write):
+def test_a_quantized_head(write, assert_same_model):
     model, path = write(Recipe.from_json([["lm_head", "w8a16-channel"], [".*", "w4a16-g16"]]))
     assert config_of(path)["ignore"] == []
     assert_same_model(model, load(path).model)
@@ -230,13 +214,13 @@ def group_with(path, targets):
         ["re:.*mlp.*", "re:.*self_attn.*"],
     ],
 )
-def test_targets(write, targets):
+def test_targets(write, targets, assert_same_model):
     model, path = write("w4a16-g16")
     change_config(path, config_groups={"any": group_with(path, targets)}, ignore=["re:.*lm_head"])
     assert_same_model(model, load(path).model)
 
 
-def test_nulls_and_unknown_keys(write):
+def test_nulls_and_unknown_keys(write, assert_same_model):
     model, path = write("w4a16-g16")
     group = group_with(path, ["Linear"])
     group["weights"] |= {"observer": "minmax", "observer_kwargs": {}, "zp_dtype": None, "new": 1}
@@ -276,7 +260,7 @@ def test_a_targeted_layer_left_plain(write, quantizable_llama):
     )
 
 
-def test_static_scales_and_cache_scales_are_noted(write):
+def test_static_scales_and_cache_scales_are_noted(write, assert_same_model):
     model, path = write("fp8")
     group = group_with(path, ["Linear"])
     static = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
@@ -359,7 +343,7 @@ def test_transposed_scales(write):
     assert f"layer {Q_PROJ}: weight_scale has shape [2, 32], int4 in tiles of" in message(path)
 
 
-def test_scales_of_fewer_axes(write):
+def test_scales_of_fewer_axes(write, assert_same_model):
     model, path = write("w4a16-channel")
     scale = open_safetensors(path / "model.safetensors").tensor(f"{Q_PROJ}.weight_scale")
     change_tensors(path, **{f"{Q_PROJ}.weight_scale": scale[:, 0].copy()})
@@ -379,7 +363,7 @@ def test_wrong_weight_shape(write):
     assert "weight_shape is not the [32, 32] of config.json" in message(path)
 
 
-def test_group_order(write):
+def test_group_order(write, assert_same_model):
     model, path = write("w4a16-g16")
     order = np.arange(32, dtype=np.int32) // 16
     change_tensors(path, **{f"{Q_PROJ}.weight_g_idx": order})

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+
+from qjax.algorithms import round_nearest
 
 
 def fails(outcome, *words: str, status: int = 1) -> None:
@@ -97,6 +100,18 @@ def test_missing_key(quantize, source):
     fails(quantize(), "hidden_size")
 
 
+def test_sizes_that_are_none(quantize, source):
+    edit_config(source, num_attention_heads=0)
+    fails(quantize(), "config.json", "num_attention_heads", "at least 1")
+    edit_config(source, num_attention_heads=3)
+    fails(quantize(), "config.json", "num_heads=3", "multiple")
+
+
+def test_end_token_that_is_no_id(qjax, source):
+    edit_config(source, eos_token_id="</s>")
+    fails(qjax("generate", source, "--prompt", "x"), "config.json", "eos_token_id", "</s>")
+
+
 def test_config_is_no_json(quantize, source):
     (source / "config.json").write_text("{")
     fails(quantize(), "config.json")
@@ -106,15 +121,33 @@ def test_group_that_does_not_divide_names_the_layer_and_what_would(quantize):
     fails(quantize("w4a16-g48"), "model/layers/0/", "48", "64", "32")
 
 
-def test_nan_weights_name_the_layer(quantize, source):
+def test_nan_weights_name_the_layer(quantize, qjax, source):
     weights = weights_of(source)
     weights["model.layers.1.self_attn.k_proj.weight"][3, 5] = np.nan
     rewrite(source, weights)
-    fails(quantize(), "model/layers/1/self_attn/k_proj", "NaN")
+    fails(quantize(), "model.layers.1.self_attn.k_proj", "NaN")
+    fails(qjax("generate", source, "--prompt", "x"), "model.layers.1.self_attn.k_proj", "NaN")
+    np.save(tokens := source.parent / "tokens.npy", np.zeros((1, 4), np.int32))
+    fails(qjax("eval", source, "--tokens", tokens), "model.layers.1.self_attn.k_proj", "NaN")
 
 
-def test_scheme_that_the_format_cannot_hold(quantize):
-    fails(quantize("nf4-g32"), "orbax")
+@pytest.mark.parametrize("format", ["compressed-tensors", "orbax"])
+def test_nan_scales_name_the_layer(quantize, qjax, tmp_path, format, monkeypatch):
+    def spoiled(q):
+        return jax.tree.map(lambda leaf: leaf * np.nan if leaf.dtype == "bfloat16" else leaf, q)
+
+    original = round_nearest.quantize
+    monkeypatch.setattr(
+        round_nearest, "quantize", lambda *args, **options: spoiled(original(*args, **options))
+    )
+    assert quantize("w8a16-g32", "--format", format).status == 0
+    fails(qjax("inspect", tmp_path / "out"), "layers", "0", "proj", "NaN")
+
+
+def test_scheme_that_the_format_cannot_hold_is_refused_before_the_work(quantize, monkeypatch):
+    monkeypatch.setattr("qjax.quantize_model", None)
+    fails(quantize("nf4-g32"), "model.layers.0.", "orbax")
+    fails(quantize("w4a16-g48"), "model/layers/0/", "48", "64", "32")
 
 
 def test_output_that_exists(qjax, source, tmp_path):
