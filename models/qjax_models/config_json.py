@@ -31,7 +31,7 @@ class ConfigJson:
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number; required without a default."""
         value = self._value(key, default)
-        if not isinstance(value, int) or not _is_number(value):
+        if not _is_number(value) or not isinstance(value, int):
             raise self._wrong(key, value, "a whole number")
         return value
 
@@ -111,9 +111,13 @@ class ConfigJson:
         return default
 
     def _wrong(self, key: str, value: object, right: str) -> ValueError:
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
-        return ValueError(f"{self.name}: {key!r} must be {right}, not {shown}")
+        return ValueError(f"{self.name}: {key!r} must be {right}, not {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A JSON value as messages show it: a long one is cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

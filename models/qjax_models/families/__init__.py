@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping
 
 from qjax_models.config import DecoderConfig
+from qjax_models.config_json import shown
 from qjax_models.families import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3
 
 # `model_type` of config.json -> its reader.
@@ -31,7 +32,7 @@ def config_from_hf(config: Mapping[str, object]) -> DecoderConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type {str(model_type)[:80]!r} is not supported; "
+            f"config.json: model_type {shown(model_type)} is not supported; "
             f"supported: {', '.join(FAMILIES)}"
         )
     try:
