@@ -24,6 +24,11 @@ Logits = Callable[[Int[Array, "B T"]], Float[Array, "B T V"]]
 _LOGITS_BYTES = 256 * 2**20
 
 
+# Beyond it exp(nll), the perplexity, is no float64 any more. No working model comes near.
+_WORST_NLL = 700.0
+_DAMAGED = "the {}'s logits are not finite or far out of range: its weights are damaged or overflow"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Quality of a model on a text.
@@ -100,12 +105,10 @@ def evaluate(
         on_batch(done)
     predicted = count * (length - 1)
     nll, kl, agreement = (float(s) / predicted for s in sums)
-    if not math.isfinite(nll):
-        raise ValueError("the model's logits are not finite: its weights are damaged or overflow")
+    if not nll < _WORST_NLL:
+        raise ValueError(f"{_DAMAGED.format('model')} (nll {nll:.4g})")
     if not math.isfinite(kl):
-        raise ValueError(
-            "the baseline's logits are not finite: its weights are damaged or overflow"
-        )
+        raise ValueError(f"{_DAMAGED.format('baseline')} (kl {kl:.4g})")
     if baseline is None:
         return Evaluation(nll=nll, tokens=predicted)
     return Evaluation(nll=nll, tokens=predicted, kl=kl, top1_agreement=agreement)

@@ -96,6 +96,7 @@ E4M3, E5M2 = _float("e4m3", 448.0, "float8_e4m3fn"), _float("e5m2", 57344.0, "fl
 NF4, E2M1 = _codebook("nf4", _NF4), _codebook("e2m1", _E2M1)
 
 _ALL = {f.name: f for f in (INT2, INT3, INT4, INT8, E4M3, E5M2, NF4, E2M1)}
+NAMES = tuple(_ALL)
 
 
 def format_named(name: str) -> Format:

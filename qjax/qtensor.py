@@ -20,6 +20,9 @@ from qjax import formats, tiles
 from qjax.formats import Format
 from qjax.scheme import ActivationScheme, ScaleFormat, Scheme, WeightScheme
 
+# How a scheme calls the dtypes of scales that are not simply floats.
+_SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
+
 
 @jax.tree_util.register_pytree_with_keys_class
 class QTensor:
@@ -191,19 +194,23 @@ class QTensor:
         whole = {i for i in range(ndim) if self.tile[i] == shape[i]}
         cut = [i for i in range(ndim) if i not in whole and self.tile[i] > 1]
         granularity, group_size = "channel", None
-        if any(i not in contracted and self.tile[i] > 1 for i in cut):
+        scale_format = _SCALE_FORMATS.get(str(self.scale.dtype), "float")
+        grouped = self.activations.group_size if self.activations else None
+        if grouped is not None and self.format.kind == "float" and scale_format == "float":
+            # The blocks of a small weight may cover a whole axis and look like channels.
+            granularity, group_size = "block", grouped
+        elif any(i not in contracted and self.tile[i] > 1 for i in cut):
             granularity, group_size = "block", max(self.tile[i] for i in cut)
         elif contracted - whole:
             granularity, group_size = "group", self.tile[self.axis[-1]]
         elif len(whole) == ndim:
             granularity = "tensor"
-        scale_formats: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
         weights = WeightScheme(
             format=self.format,
             granularity=granularity,
             group_size=group_size,
             symmetric=self.zero is None,
-            scale_format=scale_formats.get(str(self.scale.dtype), "float"),
+            scale_format=scale_format,
         )
         return Scheme(weights=weights, activations=self.activations)
 
@@ -226,8 +233,9 @@ class QTensor:
         raise TypeError(f"a QTensor can only be read whole, q[...]; got index {index!r}")
 
     def __repr__(self) -> str:
-        """Format, logical shape and tile."""
-        return f"QTensor({self.format.name}, shape={self.shape}, tile={self.tile})"
+        """Format, logical shape and tile; the stored shape where the leaves are no arrays."""
+        shape = self.shape if hasattr(self.codes, "shape") else self._shape
+        return f"QTensor({self.format.name}, shape={shape}, tile={self._tile})"
 
     def tree_flatten_with_keys(self):
         """Leaves with their names, and everything static."""

@@ -143,7 +143,8 @@ def _tensor_scale(
     if scheme.scale_format != "e4m3":
         return None
     absmax = jnp.max(jnp.maximum(-low, high))
-    tensor_scale = absmax / (scheme.format.symmetric_divisor * formats.E4M3.high)
+    # Files hold the reciprocal. Itself taken as one, the scale comes back from there bit for bit.
+    tensor_scale = 1 / ((scheme.format.symmetric_divisor * formats.E4M3.high) / absmax)
     return jnp.where(tensor_scale == 0, 1.0, tensor_scale)
 
 

@@ -143,7 +143,7 @@ def _options(scheme: Scheme) -> list[str]:
     if head in ("mxfp4", "mxfp8", "nvfp4"):
         return [f"a{activations.format.bits}"] if activations else []
     if head == "fp8":
-        if weights.granularity == "block":
+        if weights.granularity == "block" or (activations and activations.group_size is not None):
             return ["block"]
         kind = "dynamic" if activations else "e5m2" if weights.format == formats.E5M2 else "a16"
         return [kind, "tensor"] if weights.granularity == "tensor" else [kind]
@@ -238,6 +238,9 @@ def _weights(
     return WeightScheme(format=fmt, granularity="group", group_size=group_size, symmetric=symmetric)
 
 
+_STRANGER = "qxjzwvkq"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """One line of a recipe: layers whose whole path matches ``pattern`` get ``scheme``.
@@ -268,10 +271,13 @@ class Rule:
 
         >>> Rule(pattern=".*", scheme=None).names("lm_head")
         False
+        >>> Rule(pattern="[a-z_]+", scheme=None).names("lm_head")
+        False
         """
         place = path.rpartition("/")[0]
-        # A name that nobody gives a layer, so that only a wildcard matches it.
-        stranger = f"{place}/\0" if place else "\0"
+        # A name that nobody gives a layer, of letters alone, so that a wildcard or a class of
+        # characters matches it, and nothing that was spelled out.
+        stranger = f"{place}/{_STRANGER}" if place else _STRANGER
         return self.matches(path) and not self.matches(stranger)
 
 

@@ -92,7 +92,12 @@ def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, 
     arrays = _restore(path / _ARRAYS, parameters, dtype)
     layers = dict(nnx_layers.quantizable_layers(model))
     for name, entry in parameters.items():
-        value = arrays[name] if "format" not in entry else _assemble(entry, arrays[name], dtype)
+        value = arrays[name]
+        if "format" in entry:
+            try:
+                value = _assemble(entry, value, dtype)
+            except ValueError as error:
+                raise ValueError(f"{path / DESCRIPTION_FILE}: parameter {name}: {error}") from error
         check_numbers(value, f"{path}: parameter {name}")
         if not isinstance(value, QTensor):
             variables[name].set_value(value)
@@ -159,9 +164,60 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: version {version} of the format, this qjax reads up to {_VERSION}; update qjax"
         )
-    if not isinstance(description.get("parameters"), dict) or "dtype" not in description:
-        raise ValueError(f"{path}: needs dtype and parameters")
+    parameters = description.get("parameters")
+    if not isinstance(parameters, dict) or not _is_dtype(description.get("dtype")):
+        raise ValueError(f"{path}: needs the name of a dtype, and parameters")
+    for name, entry in parameters.items():
+        if not _is_described(entry):
+            raise ValueError(f"{path}: parameter {name}: its description is broken or incomplete")
     return description
+
+
+def _is_described(entry: Any) -> bool:
+    """Whether an entry has the form that `_abstract` or `_describe` give it."""
+    match entry:
+        case {"format": format, "axis": axis, "tile": tile, "leaves": dict(leaves)}:
+            activations = entry.get("activations")
+            return (
+                format in formats.NAMES
+                and _is_array(entry)
+                and _are_sizes(tile)
+                and 1 <= len(tile) <= len(entry["shape"])
+                and isinstance(axis, list)
+                and axis != []
+                and all(type(a) is int and -len(tile) <= a < 0 for a in axis)
+                and {"codes", "scale"} <= set(leaves) <= set(_LEAVES)
+                and all(map(_is_array, leaves.values()))
+                and (activations is None or _are_activations(activations))
+            )
+    return _is_array(entry) and "leaves" not in entry
+
+
+def _are_activations(value: Any) -> bool:
+    match value:
+        case {"format": format, "group_size": size, "scale_format": "float" | "e8m0"}:
+            return (
+                format in formats.NAMES and len(value) == 3 and (size is None or _are_sizes([size]))
+            )
+    return False
+
+
+def _is_array(value: Any) -> bool:
+    match value:
+        case {"shape": shape, "dtype": dtype}:
+            return _are_sizes(shape, least=0) and _is_dtype(dtype)
+    return False
+
+
+def _are_sizes(value: object, least: int = 1) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= least for n in value)
+
+
+def _is_dtype(value: object) -> bool:
+    try:
+        return isinstance(value, str) and jnp.dtype(value) is not None
+    except TypeError:
+        return False
 
 
 def _check_parameters(
@@ -198,6 +254,6 @@ def _restore(path: Path, parameters: Mapping[str, Any], dtype: DTypeLike | None)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path.absolute(), tree)
-    except (ValueError, OSError, KeyError) as error:
-        first = str(error).splitlines()[0][:200]
+    except Exception as error:  # Orbax and TensorStore raise many kinds, plain Exception too
+        first = str(error).partition("\n")[0].partition(". See full")[0][:200]
         raise ValueError(f"{path}: the Orbax arrays cannot be restored: {first}") from error

@@ -14,8 +14,10 @@ from typing import Any
 import tokenizers
 
 from qjax_checkpoints.json_file import read_json
+from qjax_models.config_json import shown
 
 _TOKENIZER_FILE = "tokenizer.json"
+_SETTINGS_FILE = "tokenizer_config.json"
 _REPLACEMENT = "\ufffd"  # what a decoder puts in place of bytes that are not yet a character
 
 
@@ -103,18 +105,18 @@ def load_tokenizer(path: Path, *, vocab_size: int) -> TextTokenizer:
         raise ValueError(
             f"{file}: its vocabulary has {largest + 1} entries, the model's only {vocab_size}"
         )
-    settings = _optional_json(path / "tokenizer_config.json")
+    settings = _optional_json(path / _SETTINGS_FILE)
     adds_bos = settings.get("add_bos_token")
     return TextTokenizer(
         backend=backend,
-        bos_id=_token_id(backend, settings.get("bos_token")),
+        bos_id=_token_id(path, backend, settings, "bos_token"),
         adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
-        eos_ids=_eos_ids(path, backend, settings),
+        eos_ids=_eos_ids(path, backend, settings, vocab_size),
     )
 
 
 def _eos_ids(
-    path: Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]
+    path: Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any], vocab_size: int
 ) -> tuple[int, ...]:
     """Returns the ids that end a text: of the first file that names any."""
     for name in ("generation_config.json", "config.json"):
@@ -122,18 +124,24 @@ def _eos_ids(
         if ids is None:
             continue
         ids = tuple(ids) if isinstance(ids, list) else (ids,)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
             raise ValueError(
-                f"{path / name}: 'eos_token_id' must be a token id or a list of them, not {ids!r}"
+                f"{path / name}: 'eos_token_id' must be a token id, 0 to {vocab_size - 1}, or a list "
+                f"of them, not {shown(ids)}"
             )
         return ids
-    eos_id = _token_id(backend, settings.get("eos_token"))
+    eos_id = _token_id(path, backend, settings, "eos_token")
     return () if eos_id is None else (eos_id,)
 
 
-def _token_id(backend: tokenizers.Tokenizer, token: str | Mapping[str, Any] | None) -> int | None:
+def _token_id(
+    path: Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any], key: str
+) -> int | None:
     """Returns the id of a special token, which the file gives as a string or with its flags."""
+    token = settings.get(key)
     content = token.get("content") if isinstance(token, Mapping) else token
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"{path / _SETTINGS_FILE}: {key!r} must be a string, not {shown(token)}")
     return None if content is None else backend.token_to_id(content)
 
 

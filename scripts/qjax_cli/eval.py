@@ -20,6 +20,7 @@ import qjax
 from qjax_checkpoints.load import Checkpoint, load
 from qjax_checkpoints.tokenizer import load_tokenizer
 from qjax_cli import text
+from qjax_cli.arguments import whole_number
 from qjax_cli.console import Console
 
 
@@ -30,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--text", metavar="FILE", type=Path, nargs="+", help="UTF-8 text files")
     data.add_argument("--tokens", metavar="FILE.npy", type=Path, help="int32 [n, length]")
     parser.add_argument(
-        "--seq-len", type=int, default=1024, help="tokens of a window, at most (default 1024)"
+        "--seq-len",
+        type=whole_number(2),
+        default=1024,
+        help="tokens of a window, at most (default 1024)",
     )
     parser.add_argument("--baseline", metavar="SRC2", type=Path, help="model to compare with")
     parser.add_argument(
@@ -43,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Evaluates and prints."""
-    if args.seq_len < 2:
-        raise ValueError(f"--seq-len {args.seq_len}: a window needs two tokens")
     dtype = jnp.dtype(args.dtype)
     checkpoint = load(args.source, dtype)
     baseline = load(args.baseline, dtype) if args.baseline else None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qjax_checkpoints.load import load
 from qjax_checkpoints.tokenizer import load_tokenizer
+from qjax_cli.arguments import number, whole_number
 from qjax_cli.console import Console
 from qjax_models.generate import Generator, Timing
 from qjax_models.sampling import Sampling
@@ -21,28 +22,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="model directory")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to continue")
     parser.add_argument(
-        "--max-new", metavar="N", type=int, default=64, help="tokens at most (default 64)"
+        "--max-new",
+        metavar="N",
+        type=whole_number(1),
+        default=64,
+        help="tokens at most (default 64)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+        "--temperature", type=number(0), default=0.0, help="0 takes the likeliest token (default)"
     )
-    parser.add_argument("--top-k", metavar="K", type=int, help="sample among the K likeliest")
+    parser.add_argument(
+        "--top-k", metavar="K", type=whole_number(1), help="sample among the K likeliest"
+    )
     parser.add_argument(
         "--top-p",
         metavar="P",
-        type=float,
+        type=number(0, 1, exclusive=True),
         default=1.0,
         help="sample among the fewest tokens that together have this probability",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    parser.add_argument(
+        "--seed", type=whole_number(0, 2**31 - 1), default=0, help="of the sampling (default 0)"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Generates and tells the speed."""
-    if args.max_new < 1:
-        raise ValueError(f"--max-new {args.max_new}: at least one token")
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed {args.seed}: must lie in 0 to {2**31 - 1}")
     if any("\ud800" <= c <= "\udfff" for c in args.prompt):
         raise ValueError("--prompt: not UTF-8 text")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
@@ -63,30 +68,31 @@ def run(args: argparse.Namespace, console: Console) -> None:
         sampling=sampling,
         stop_tokens=tokenizer.eos_ids,
     )
-    timings: list[Timing] = []
+    timing, new_tokens = Timing(), 0
     pieces: list[str] = []
 
     def tokens() -> Iterator[int]:
+        nonlocal timing, new_tokens
         for progress in generator.stream([prompt], args.max_new, seed=args.seed):
-            timings.append(progress.timing)
+            timing = progress.timing
+            new_tokens += len(progress.new_tokens[0])
             yield from progress.new_tokens[0]
 
     for piece in tokenizer.stream(tokens()):
         pieces.append(piece)
         console.text(piece)
     console.text("\n")
-    timing = timings[-1]
     values = {
         "text": "".join(pieces),
         "prompt_tokens": timing.prefill_tokens,
-        "new_tokens": timing.decode_tokens + 1,
+        "new_tokens": new_tokens,
         "prefill_tokens_per_second": timing.prefill_tokens_per_second,
         "decode_tokens_per_second": timing.decode_tokens_per_second,
         "compile_seconds": timing.compile_seconds,
     }
     console.note(
         f"{timing.prefill_tokens} prompt tokens at {timing.prefill_tokens_per_second:.0f}/s, "
-        f"{values['new_tokens']} new ones at {timing.decode_tokens_per_second:.0f}/s; "
+        f"{new_tokens} new ones at {timing.decode_tokens_per_second:.0f}/s; "
         f"compiled in {timing.compile_seconds:.1f} s"
     )
     console.result(values)

@@ -6,8 +6,11 @@ Only the subcommand that was called is imported, so that `qjax --help` does not 
 
 import argparse
 import importlib
+import logging
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -52,6 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split()) or type(error).__name__
         print(f"qjax {name}: error: {line}", file=sys.stderr)
         return FAILED
+    except Exception as error:
+        # Nothing that a user does should end here; where it does, one line must say whose fault it is.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        line = " ".join(str(error).split())[:300]
+        print(
+            f"qjax {name}: error: {type(error).__name__} in {place.filename}:{place.lineno}: {line}; "
+            "this is a fault of qjax, please report it",
+            file=sys.stderr,
+        )
+        return FAILED
     except KeyboardInterrupt:
         print(f"qjax {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -88,5 +101,22 @@ def _subcommand(arguments: list[str]) -> tuple[str, list[str]]:
     return parser.parse_args(arguments[:1]).command, arguments[1:]
 
 
+def entry() -> NoReturn:
+    """What the installed command calls: :func:`main` in a process of its own.
+
+    Libraries below Orbax report a failed write or read from threads of theirs, through logs and Python's
+    hooks, hundreds of lines of them, some when the interpreter is already closing. All errors that matter
+    arrive in `main` as exceptions, so here those voices are turned off.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+    status = main()
+    if status == 0:
+        sys.exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -23,6 +23,7 @@ from qjax_checkpoints.atomic import check_writable
 from qjax_checkpoints.load import load
 from qjax_checkpoints.save import check_format, save
 from qjax_cli.console import Console
+from qjax_cli.text import read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +101,7 @@ def _recipe(args: argparse.Namespace) -> qjax.Recipe:
     if args.scheme:
         return qjax.Recipe.uniform(args.scheme)
     try:
-        rules = json.loads(args.recipe.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        rules = json.loads(read_text(args.recipe))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{args.recipe}: not a JSON recipe: {error}") from error
     return qjax.Recipe.from_json(rules, where=str(args.recipe))

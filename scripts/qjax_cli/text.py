@@ -22,7 +22,11 @@ def windows_of_files(
     Raises:
       ValueError: a file is missing or no UTF-8, or there are fewer than two tokens in all.
     """
-    return windows("\n".join(_read(file) for file in files), tokenizer, length)
+    text = "\n".join(map(read_text, files))
+    try:
+        return windows(text, tokenizer, length)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(map(str, files))}: {error}") from error
 
 
 def windows(text: str, tokenizer: TextTokenizer, length: int) -> Int32[np.ndarray, "n length"]:
@@ -71,13 +75,24 @@ def windows_of_array(file: Path, vocab_size: int, length: int) -> Int32[np.ndarr
             f"{file}: tokens from {tokens.min()} to {tokens.max()}, the model knows 0 to "
             f"{vocab_size - 1}"
         )
-    return tokens[:, :length].astype(np.int32)
+    tokens = tokens[:, :length].astype(np.int32)
+    if 0 in tokens.shape or tokens.shape[1] < 2:
+        raise ValueError(
+            f"{file}: {tokens.shape[0]} windows of {tokens.shape[1]} tokens; at least one window of "
+            "two tokens is needed, for the first is not predicted"
+        )
+    return tokens
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Reads a UTF-8 file.
+
+    Raises:
+      ValueError: no such file, not readable, or not UTF-8; the message names it.
+    """
     try:
         return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error

@@ -248,6 +248,18 @@ def test_layers_quantized_as_one_stack(name, weight):
     np.testing.assert_array_equal(jax.vmap(qjax.dequantize)(together), near)
 
 
+@pytest.mark.parametrize("shape", [(128, 128), (256, 128), (128, 256), (256, 384), (64, 48)])
+@pytest.mark.parametrize("name", ["fp8-block", "fp8-dynamic", "fp8-dynamic-tensor", "mxfp8-a8"])
+def test_a_scheme_is_told_whatever_the_shape(name, shape):
+    assert qjax.quantize(jnp.ones(shape), name).scheme.name == name
+
+
+def test_shows_itself_whatever_its_leaves_are(weight):
+    q = qjax.quantize(weight, "w3a16-g16")
+    for leaf in (None, "x", jax.ShapeDtypeStruct((2,), "int8")):
+        assert repr(jax.tree.map(lambda _, leaf=leaf: leaf, q)).startswith("QTensor(int3, shape=(")
+
+
 def test_gradients_flow_to_scales_not_to_codes(weight):
     q = qjax.quantize(weight, "w4a16-g16-asym")
     gradient = jax.grad(lambda q: qjax.dequantize(q).sum(), allow_int=True)(q)

@@ -205,7 +205,14 @@ PROTECTED = [
 @pytest.mark.parametrize("path", PROTECTED)
 def test_norms_embeddings_and_head_need_a_rule_that_names_them(path):
     place, _, name = path.rpartition("/")
-    for everything in (".*", ".+", f"{place}/.*" if place else ".*", "(.*)", ".*|nothing"):
+    for everything in (
+        ".*",
+        ".+",
+        f"{place}/.*" if place else ".*",
+        r"[\w/]+",
+        "[a-z_/0-9]*",
+        ".*|nothing",
+    ):
         assert chosen([(everything, "w8a8")], path) is None, everything
     for naming in (path, f".*{name}", f".*{name[2:]}", f"({name}|{path})", f"(.*/)?{name}"):
         assert chosen([(naming, "w8a8")], path) == "w8a8", naming

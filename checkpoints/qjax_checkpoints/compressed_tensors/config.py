@@ -8,7 +8,7 @@ configuration has no key that is not needed and never a null. A read one may hav
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from qjax import formats
 from qjax.qtensor import QTensor
 from qjax.scheme import ActivationScheme
 from qjax_checkpoints.compressed_tensors import layouts
+from qjax_models.config_json import shown
 
 METHOD = "compressed-tensors"
 _MIXED = "mixed-precision"
@@ -86,7 +87,7 @@ def _matches(target: str, layer: str) -> bool:
     return target in (layer, _LINEAR)
 
 
-def read_config(value: Mapping[str, Any], where: str) -> QuantizationConfig:
+def read_config(value: object, where: str) -> QuantizationConfig:
     """Reads the `quantization_config` of a `config.json`.
 
     Args:
@@ -96,6 +97,8 @@ def read_config(value: Mapping[str, Any], where: str) -> QuantizationConfig:
     Raises:
         ValueError: another method, a format that cannot be read, or groups in another form.
     """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: quantization_config must be an object, not {shown(value)}")
     method = value.get("quant_method")
     if method != METHOD:
         raise ValueError(
@@ -107,12 +110,18 @@ def read_config(value: Mapping[str, Any], where: str) -> QuantizationConfig:
     for format in (value.get("format"), *(_get(group, "format") for group in groups.values())):
         if format in _REFUSED:
             raise ValueError(f"{where}: the compressed-tensors format {format!r} cannot be read")
+    ignore = value.get("ignore") or []
+    if not _are_targets(ignore):
+        raise ValueError(f"{where}: quantization_config: ignore must be {_TARGETS}")
     notes = ("kv_cache_scheme is not used: the cache stays unquantized",)
     return QuantizationConfig(
         groups=tuple(_read_group(where, name, group) for name, group in groups.items()),
-        ignore=tuple(value.get("ignore") or ()),
+        ignore=tuple(ignore),
         notes=notes if value.get("kv_cache_scheme") else (),
     )
+
+
+_TARGETS = "a list of layer names, class names and re: patterns"
 
 
 def _get(value: object, key: str) -> Any:
@@ -120,16 +129,61 @@ def _get(value: object, key: str) -> Any:
 
 
 def _read_group(where: str, name: str, group: object) -> Group:
+    where = f"{where}: quantization_config {name}"
     targets, weights = _get(group, "targets"), _get(group, "weights")
     if not isinstance(targets, list) or not isinstance(weights, Mapping):
-        raise ValueError(f"{where}: quantization_config {name} needs targets and weights")
+        raise ValueError(f"{where} needs targets and weights")
+    if not _are_targets(targets):
+        raise ValueError(f"{where}: targets must be {_TARGETS}")
     if _get(group, "output_activations"):
-        raise ValueError(
-            f"{where}: quantization_config {name} quantizes outputs, which is not read"
-        )
-    return Group(
-        targets=tuple(targets), weights=weights, activations=_get(group, "input_activations")
+        raise ValueError(f"{where} quantizes outputs, which is not read")
+    activations = _get(group, "input_activations") or None
+    for arguments in (weights, activations):
+        _check_arguments(where, arguments)
+    return Group(targets=tuple(targets), weights=weights, activations=activations)
+
+
+def _are_targets(value: object) -> bool:
+    if not isinstance(value, list) or not all(isinstance(target, str) for target in value):
+        return False
+    try:
+        for target in filter(_is_pattern, value):
+            re.compile(target.removeprefix(_REGEX))
+    except re.error:
+        return False
+    return True
+
+
+def _check_arguments(where: str, arguments: object) -> None:
+    """Checks the types in the arguments of weights or activations; any key may be absent or null."""
+    if arguments is None:
+        return
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}: arguments must be an object, not {shown(arguments)}")
+    for key, (fits, right) in _ARGUMENT_TYPES.items():
+        value = arguments.get(key)
+        if value is not None and not fits(value):
+            raise ValueError(f"{where}: {key!r} must be {right}, not {shown(value)}")
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and abs(value) < 2**31
+
+
+def _is_block(value: object) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(_is_whole(n) and n > 0 for n in value)
     )
+
+
+_ARGUMENT_TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "num_bits": (_is_whole, "a whole number"),
+    "type": (lambda value: isinstance(value, str), "a string"),
+    "strategy": (lambda value: isinstance(value, str), "a string"),
+    "group_size": (_is_whole, "a whole number"),
+    "block_structure": (_is_block, "two numbers, rows and columns of a block"),
+    "symmetric": (lambda value: isinstance(value, bool), "true or false"),
+}
 
 
 def read_activations(arguments: Mapping[str, Any] | None) -> ActivationScheme | None:
@@ -142,7 +196,7 @@ def read_activations(arguments: Mapping[str, Any] | None) -> ActivationScheme | 
     """
     if arguments is None:
         return None
-    kind = (arguments.get("type", "int"), arguments.get("num_bits", 8))
+    kind = (arguments.get("type") or "int", arguments.get("num_bits") or 8)
     known = {
         ("int", 8): formats.INT8,
         ("int", 4): formats.INT4,

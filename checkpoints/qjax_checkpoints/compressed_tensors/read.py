@@ -138,7 +138,7 @@ def _install(
 
 def _weight_spec(arguments: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
     """Returns the fields of a LayerSpec that the weight arguments decide."""
-    number = (arguments.get("type", "int"), arguments.get("num_bits", 8))
+    number = (arguments.get("type") or "int", arguments.get("num_bits") or 8)
     if number not in _FORMATS:
         raise ValueError(f"weights of type {number[0]} with {number[1]} bits cannot be read")
     inputs, outputs = shape

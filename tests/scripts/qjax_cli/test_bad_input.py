@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -110,6 +111,17 @@ def test_sizes_that_are_none(quantize, source):
 def test_end_token_that_is_no_id(qjax, source):
     edit_config(source, eos_token_id="</s>")
     fails(qjax("generate", source, "--prompt", "x"), "config.json", "eos_token_id", "</s>")
+    edit_config(source, eos_token_id=10**12)
+    fails(qjax("generate", source, "--prompt", "x"), "config.json", "eos_token_id", "259")
+    (source / "tokenizer_config.json").write_text('{"bos_token": 5}')
+    edit_config(source, eos_token_id=1)
+    fails(qjax("generate", source, "--prompt", "x"), "tokenizer_config.json", "bos_token", "5")
+
+
+def test_weights_far_out_of_range(qjax, source):
+    rewrite(source, {name: array * 1000 for name, array in weights_of(source).items()})
+    np.save(tokens := source.parent / "tokens.npy", np.arange(8, dtype=np.int32)[None])
+    fails(qjax("eval", source, "--tokens", tokens), "logits", "out of range")
 
 
 def test_config_is_no_json(quantize, source):
@@ -129,6 +141,53 @@ def test_nan_weights_name_the_layer(quantize, qjax, source):
     fails(qjax("generate", source, "--prompt", "x"), "model.layers.1.self_attn.k_proj", "NaN")
     np.save(tokens := source.parent / "tokens.npy", np.zeros((1, 4), np.int32))
     fails(qjax("eval", source, "--tokens", tokens), "model.layers.1.self_attn.k_proj", "NaN")
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "x", True, [], [4], {}, ["re:("]], ids=str)
+def test_no_quantization_config_is_a_traceback(quantize, qjax, tmp_path, bad):
+    assert quantize("w8a16-g32").status == 0
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    method = config["quantization_config"]
+    group = method["config_groups"]["group_0"]
+    broken = [bad]
+    broken += [method | {key: bad} for key in method]
+    broken += [method | {"config_groups": {"g": group | {key: bad}}} for key in group]
+    weights = group["weights"] | {"block_structure": None}
+    broken += [
+        method | {"config_groups": {"g": group | {"weights": weights | {key: bad}}}}
+        for key in weights
+    ]
+    for value in broken:
+        path.write_text(json.dumps(config | {"quantization_config": value}))
+        outcome = qjax("inspect", tmp_path / "out")
+        if outcome.status:
+            fails(outcome, str(tmp_path / "out"))
+            assert "report" not in outcome.err
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "x", True, None, [], [0], {}], ids=str)
+def test_no_description_is_a_traceback(quantize, qjax, tmp_path, bad):
+    assert quantize("w8a8", "--format", "orbax").status == 0
+    path = tmp_path / "out" / "qjax.json"
+    good = json.loads(path.read_text())
+    name = next(name for name, entry in good["parameters"].items() if "format" in entry)
+    entry = good["parameters"][name]
+
+    def replaced(entry):
+        return good | {"parameters": good["parameters"] | {name: entry}}
+
+    broken = [good | {key: bad} for key in good] + [replaced(bad)]
+    broken += [replaced(entry | {key: bad}) for key in entry if key != "activations"]
+    broken += [replaced({k: v for k, v in entry.items() if k != key}) for key in entry]
+    activations = entry["activations"]
+    broken += [replaced(entry | {"activations": activations | {k: bad}}) for k in activations]
+    for value in broken:
+        path.write_text(json.dumps(value))
+        outcome = qjax("inspect", tmp_path / "out")
+        if outcome.status:
+            fails(outcome, str(tmp_path / "out"))
+            assert "report" not in outcome.err
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "orbax"])
@@ -161,39 +220,46 @@ def test_source_that_is_quantized_already(qjax, quantize, tmp_path):
     fails(again, "already quantized")
 
 
-def test_full_disk(source, tmp_path):
-    # Limited from inside: preexec_fn would fork this process, in which JAX has threads.
-    program = """
-import resource, sys
-from qjax_cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-sys.exit(main(sys.argv[1:]))
-"""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            program,
-            "quantize",
-            source,
-            tmp_path / "out",
-            "--scheme",
-            "w8a16-g32",
-        ],
-        capture_output=True,
-        text=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
-    )
-    assert done.returncode == 1, done
-    assert "disk full" in done.stderr.splitlines()[-1]
+@pytest.fixture
+def process():
+    """Runs the command in a process of its own, as it is installed; no file may exceed `limit` bytes."""
+
+    def run(*arguments, limit: int | None = None):
+        # Limited from inside: preexec_fn would fork this process, in which JAX has threads.
+        limits = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))" if limit else ""
+        program = f"import resource\nfrom qjax_cli.main import entry\n{limits}\nentry()"
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
+        )
+        return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+    return run
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "orbax"])
+def test_full_disk(process, source, tmp_path, format):
+    out = tmp_path / "out"
+    options = ("--scheme", "w8a16-g32", "--format", format)
+    fails(process("quantize", source, out, *options, limit=20_000), "out", "disk full")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_truncated_arrays(quantize, process, tmp_path):
+    assert quantize("w8a16-g32", "--format", "orbax").status == 0
+    for file in (tmp_path / "out" / "arrays").rglob("*"):
+        if file.is_file() and file.stat().st_size > 10_000:
+            file.write_bytes(file.read_bytes()[:100])
+    fails(process("inspect", tmp_path / "out"), "out/arrays", "cannot be restored")
 
 
 @pytest.mark.parametrize("text", ["", "x"])
 def test_text_of_less_than_two_tokens(qjax, source, tmp_path, text):
     path = tmp_path / "text.txt"
     path.write_text(text)
-    fails(qjax("eval", source, "--text", path), "tokens", "two")
+    fails(qjax("eval", source, "--text", path), path.name, "tokens", "two")
 
 
 def test_text_that_is_no_text(qjax, source, tmp_path):
@@ -204,10 +270,24 @@ def test_text_that_is_no_text(qjax, source, tmp_path):
 
 def test_missing_text(qjax, source, tmp_path):
     fails(qjax("eval", source, "--text", tmp_path / "absent.txt"), "absent.txt")
+    fails(qjax("eval", source, "--text", source), str(source), "directory")
+
+
+def test_missing_recipe(qjax, source, tmp_path):
+    for recipe in ("absent.json", source.name):
+        fails(qjax("quantize", source, tmp_path / "o", "--recipe", tmp_path / recipe), recipe)
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((3,), np.int32), np.zeros((2, 4)), np.full((2, 4), 260), np.full((2, 4), -1)]
+    "array",
+    [
+        np.zeros((3,), np.int32),
+        np.zeros((2, 4)),
+        np.full((2, 4), 260),
+        np.full((2, 4), -1),
+        np.zeros((3, 1), np.int32),
+        np.zeros((0, 5), np.int32),
+    ],
 )
 def test_tokens_that_are_none(qjax, source, tmp_path, array):
     np.save(tmp_path / "tokens.npy", array)
@@ -219,9 +299,36 @@ def test_archive_of_arrays(qjax, source, tmp_path):
     fails(qjax("eval", source, "--tokens", tmp_path / "tokens.npz"), "tokens.npz", "one array")
 
 
-@pytest.mark.parametrize("option", [("--seed", 10**20), ("--temperature", "nan"), ("--max-new", 0)])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--seed", 10**20),
+        ("--seed", -1),
+        ("--temperature", "nan"),
+        ("--temperature", "hot"),
+        ("--top-p", 0),
+        ("--top-p", 1.1),
+        ("--top-k", 0),
+        ("--max-new", 0),
+        ("--max-new", "x"),
+    ],
+)
 def test_numbers_out_of_range(qjax, source, option):
-    fails(qjax("generate", source, "--prompt", "x", *option), option[0].strip("-"))
+    outcome = qjax("generate", source, "--prompt", "x", f"{option[0]}={option[1]}")
+    fails(outcome, option[0], "must be a", str(option[1]), status=2)
+
+
+def test_windows_of_one_token(qjax, source):
+    outcome = qjax("eval", source, "--tokens", "t.npy", "--seq-len", 1)
+    fails(outcome, "--seq-len", "from 2 up", status=2)
+
+
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch, qjax, source):
+    def broken(*arguments):
+        raise AttributeError("first\nsecond")
+
+    monkeypatch.setattr("qjax_cli.inspect.load", broken)
+    fails(qjax("inspect", source), "AttributeError", "test_bad_input.py", "first second", "report")
 
 
 def test_interrupt_while_importing(monkeypatch, qjax, source):

@@ -7,6 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from qjax import quantize_model
+from qjax_checkpoints.load import load
+from qjax_checkpoints.tokenizer import load_tokenizer
+from qjax_models.generate import Generator
+
 
 @pytest.fixture
 def tokens(tmp_path):
@@ -50,6 +55,22 @@ def test_quantized_directory_is_smaller_complete_and_as_good_as_in_memory(
     spoken = qjax("generate", out, "--prompt", "abc", "--max-new", 5, "--json")
     assert spoken.status == 0, spoken.err
     assert spoken.json["new_tokens"] == 5 and isinstance(spoken.json["text"], str)
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "orbax"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a8", "w3a16-g32-asym", "fp8-block", "nvfp4"])
+def test_every_kind_of_codes_generates_what_it_does_in_memory(
+    qjax, source, tmp_path, scheme, target
+):
+    done = qjax("quantize", source, tmp_path / "out", "--scheme", scheme, "--format", target)
+    assert done.status == 0, done.err
+    spoken = qjax("generate", tmp_path / "out", "--prompt", "abc", "--max-new", 5, "--json")
+    assert spoken.status == 0, spoken.err
+    model, _ = quantize_model(load(source).model, scheme)
+    tokenizer = load_tokenizer(source, vocab_size=260)
+    generator = Generator(model, capacity=8, stop_tokens=tokenizer.eos_ids)
+    (answer,) = generator.generate([tokenizer.encode("abc")], 5).tokens
+    assert spoken.json["text"] == tokenizer.decode(answer)
 
 
 def test_eval_reads_text(qjax, source, tmp_path):
