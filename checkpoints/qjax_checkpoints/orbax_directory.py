@@ -166,7 +166,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         )
     parameters = description.get("parameters")
     if not isinstance(parameters, dict) or not _is_dtype(description.get("dtype")):
-        raise ValueError(f"{path}: needs the name of a dtype, and parameters")
+        raise ValueError(f"{path}: needs dtype and parameters")
     for name, entry in parameters.items():
         if not _is_described(entry):
             raise ValueError(f"{path}: parameter {name}: its description is broken or incomplete")
