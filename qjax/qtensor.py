@@ -9,16 +9,32 @@ one for the tensor, ``(128, 128)`` a block.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import packing
+from pallas_kernels import int4_matmul, packing, row_blocks
+from pallas_kernels.machine import Half
 from qjax import formats, tiles
 from qjax.formats import Format
 from qjax.scheme import ActivationScheme, ScaleFormat, Scheme, WeightScheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelLayout:
+    """Leaves arranged for a kernel: :mod:`pallas_kernels.row_blocks`.
+
+    Attributes:
+      half: dtype of the scales, and of the tokens that the kernel multiplies with.
+      version: of the arrangement.
+    """
+
+    half: Half
+    version: int = row_blocks.VERSION
+
 
 # How a scheme calls the dtypes of scales that are not simply floats.
 _SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
@@ -41,10 +57,12 @@ class QTensor:
       format: what the codes mean.
       axis: the contraction axes, counted from the end.
       activations: how the other operand of a product is quantized; None leaves it as it is.
+      layout: how codes, scale and zero are arranged; None: as described here. :func:`for_kernel` and
+        :func:`plain` go from one to the other.
     """
 
     __slots__ = (
-        "_dtype", "_shape", "_tile", "activations", "axis", "codes", "format", "scale",
+        "_dtype", "_shape", "_tile", "activations", "axis", "codes", "format", "layout", "scale",
         "tensor_scale", "zero",
     )  # fmt: skip
 
@@ -57,6 +75,7 @@ class QTensor:
     format: Format
     axis: tuple[int, ...]
     activations: ActivationScheme | None
+    layout: KernelLayout | None
 
     def __init__(
         self,
@@ -71,6 +90,7 @@ class QTensor:
         shape: tuple[int, ...],
         dtype: Any,
         activations: ActivationScheme | None = None,
+        layout: KernelLayout | None = None,
     ):
         """Holds codes that are already stored (packed); :meth:`from_codes` takes plain ones.
 
@@ -85,9 +105,11 @@ class QTensor:
           shape: logical shape without stacked leading axes.
           dtype: logical dtype: what :func:`dequantize` gives.
           activations: how the other operand of a product is quantized.
+          layout: how the leaves are arranged.
         """
         self.codes, self.scale, self.zero, self.tensor_scale = codes, scale, zero, tensor_scale
         self.format, self.axis, self.activations = format, axis, activations
+        self.layout = layout
         self._shape, self._tile, self._dtype = tuple(shape), tuple(tile), jnp.dtype(dtype)
 
     @staticmethod
@@ -143,6 +165,9 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the logical array, read off the codes: of all layers, one layer or one shard."""
+        if self.layout is not None:
+            *leading, blocks, tiles_, _, _ = self.codes.shape
+            return (*leading, tiles_ * row_blocks.COLUMNS, blocks * row_blocks.ROWS)
         *leading, last = self.codes.shape
         if self.format.packed:
             # The bytes of a row may hold fewer codes than fit; a shard of a row is whole bytes.
@@ -221,10 +246,14 @@ class QTensor:
 
     def astype(self, dtype: Any) -> "QTensor":
         """The same codes and scales, standing for an array of another logical dtype."""
-        leaves, treedef = jax.tree.flatten(self)
-        result = jax.tree.unflatten(treedef, leaves)
+        result = self.replaced()
         result._dtype = jnp.dtype(dtype)
         return result
+
+    def replaced(self, **leaves: Any) -> "QTensor":
+        """The same with other leaves: codes, scale or zero."""
+        present, static = self.tree_flatten_with_keys()
+        return QTensor.tree_unflatten(static, [leaves.get(key.name, leaf) for key, leaf in present])
 
     def __getitem__(self, index: Any) -> "QTensor":
         """``q[...]`` is ``q``: Flax reads its parameters so. No other index is possible."""
@@ -243,21 +272,73 @@ class QTensor:
         leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
         return leaves, (
             self.format, self.axis, self._tile, self._shape, self._dtype, self.activations,
+            self.layout,
         )  # fmt: skip
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
         """Inverse of :meth:`tree_flatten_with_keys`; takes any leaves."""
         codes, scale, zero, tensor_scale = leaves
-        format, axis, tile, shape, dtype, activations = static
+        format, axis, tile, shape, dtype, activations, layout = static
         return cls(
             codes=codes, scale=scale, zero=zero, tensor_scale=tensor_scale, format=format,
-            axis=axis, tile=tile, shape=shape, dtype=dtype, activations=activations,
+            axis=axis, tile=tile, shape=shape, dtype=dtype, activations=activations, layout=layout,
         )  # fmt: skip
+
+
+def why_no_kernel(q: QTensor) -> str | None:
+    """Why no kernel takes products with this weight, in words; None if one does."""
+    if q.format != formats.INT4 or q.activations is not None:
+        return f"the only kernel is for int4 weights alone, this is {q.scheme.name}"
+    if len(q.tile) != 2 or q.axis != (-2,):
+        return f"it must be a [k, n] weight, summed over k; this has {len(q.tile)} axes"
+    k, n = q.shape[-2:]
+    half = q.layout.half if q.layout else q.scale.dtype
+    if q.tile[1] != 1 and n != 1:
+        return f"scales must be per output, these are for tiles of {q.tile}"
+    return int4_matmul.why_not(1, k, n, q.group_size, half)
+
+
+def for_kernel(q: QTensor) -> QTensor:
+    """The same weight with its leaves arranged for the kernel that multiplies it; as it is if none does.
+
+    To be done once, when a model is loaded: the arrangement is what makes the kernel fast. It is
+    reversible, and whatever writes files writes the plain one.
+
+    >>> import qjax
+    >>> q = for_kernel(qjax.quantize(jnp.ones((128, 32), jnp.bfloat16), "w4a16-g64"))
+    >>> q.codes.shape, q.shape, q.nbytes
+    ((2, 2, 32, 4), (128, 32), 2176)
+    """
+    if q.layout is not None or why_no_kernel(q) is not None:
+        return q
+    half: Half = "float16" if q.scale.dtype == jnp.float16 else "bfloat16"
+    result = q.replaced(
+        codes=row_blocks.tile_codes(q.codes),
+        scale=row_blocks.tile_pairs(q.scale),
+        zero=None if q.zero is None else int4_matmul.pack_zeros(q.zero, half),
+    )
+    result.layout = KernelLayout(half=half)
+    return result
+
+
+def plain(q: QTensor) -> QTensor:
+    """The same weight with its leaves as the class describes them: the inverse of :func:`for_kernel`."""
+    if q.layout is None:
+        return q
+    half = q.layout.half
+    result = q.replaced(
+        codes=row_blocks.untile_codes(q.codes).astype(q.format.storage),
+        scale=row_blocks.untile_pairs(q.scale, jnp.dtype(half)),
+        zero=None if q.zero is None else int4_matmul.unpack_zeros(q.zero, half),
+    )
+    result.layout = None
+    return result
 
 
 def unpacked(q: QTensor) -> Shaped[Array, "..."]:
     """The codes in the logical shape: int8, or an 8-bit float."""
+    q = plain(q)
     if not q.format.packed:
         # Codes are no numbers to train, but JAX would give 8-bit floats a gradient.
         return jax.lax.stop_gradient(q.codes).astype(q.format.dtype)
@@ -266,10 +347,11 @@ def unpacked(q: QTensor) -> Shaped[Array, "..."]:
 
 def centred(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "..."]:
     """``codes - zero`` as values of a float dtype; exact in bfloat16 too for every format but nf4."""
+    q = plain(q)
     if q.zero is None and q.format.kind != "codebook":
         # One conversion straight from the stored type: XLA fuses it into a dot, a chain it may not.
-        plain = unpacked(q) if q.format.packed else jax.lax.stop_gradient(q.codes)
-        return plain.astype(dtype)
+        codes = unpacked(q) if q.format.packed else jax.lax.stop_gradient(q.codes)
+        return codes.astype(dtype)
     values = formats.decode(unpacked(q), q.format)
     if q.zero is not None:
         values = values - tiles.spread(q.zero, q.tile, _tiled_shape(q)).astype(jnp.float32)
@@ -278,6 +360,7 @@ def centred(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "..."]:
 
 def scales(q: QTensor) -> Float[Array, "..."]:
     """The float32 factor of each tile: ``scale * tensor_scale``."""
+    q = plain(q)
     factor = q.scale.astype(jnp.float32)
     if q.tensor_scale is None:
         return factor

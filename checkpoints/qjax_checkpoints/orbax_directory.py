@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import packing
 from qjax import QTensor, formats, nnx_layers
-from qjax.qtensor import unpacked
+from qjax.qtensor import plain, unpacked
 from qjax.scheme import ActivationScheme
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import read_json, write_json
@@ -47,6 +47,7 @@ def write_orbax(folder: Path, model: Decoder) -> None:
     arrays, parameters = {}, {}
     for path, variable in named_variables(model).items():
         value = variable.get_value()
+        value = plain(value) if isinstance(value, QTensor) else value
         arrays[path] = _leaves(value) if isinstance(value, QTensor) else value
         parameters[path] = _describe(value) if isinstance(value, QTensor) else _abstract(value)
     description = {

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Shaped
 
 from qjax import QTensor, nnx_layers
+from qjax.qtensor import plain
 from qjax_checkpoints.directory import ModelDirectory
 from qjax_checkpoints.shards import PendingTensor, pending
 from qjax_models import Decoder, DecoderConfig, config_from_hf
@@ -104,10 +105,11 @@ def fill(
 
 
 def stored_values(model: Decoder) -> Iterator[tuple[str, Layout, jax.Array | QTensor]]:
-    """Yields what a model holds: Hugging Face name, layout there, array or QTensor."""
+    """Yields what a model holds: Hugging Face name, layout there, array or plain QTensor."""
     variables = named_variables(model)
     for name, (path, layout) in hf_tensors(model).items():
-        yield name, layout, variables[path].get_value()
+        value = variables[path].get_value()
+        yield name, layout, plain(value) if isinstance(value, QTensor) else value
 
 
 def pending_parameter(array: jax.Array, layout: Layout) -> PendingTensor:

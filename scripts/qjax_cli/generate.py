@@ -9,6 +9,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from flax import nnx
+
+import qjax
 from qjax_checkpoints.load import load
 from qjax_checkpoints.tokenizer import load_tokenizer
 from qjax_cli.arguments import number, whole_number
@@ -62,8 +65,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"{len(prompt)} prompt tokens and {args.max_new} new ones go beyond the {context} that "
             "the model was made for"
         )
+    graph, state = nnx.split(checkpoint.model)
     generator = Generator(
-        checkpoint.model,
+        nnx.merge(graph, qjax.prepare(state)),
         capacity=len(prompt) + args.max_new,
         sampling=sampling,
         stop_tokens=tokenizer.eos_ids,

@@ -22,6 +22,10 @@ COMMANDS = {
     "quantize": ("qjax_cli.quantize", "make a smaller model directory"),
     "eval": ("qjax_cli.eval", "perplexity on text or tokens, and distance from a baseline"),
     "generate": ("qjax_cli.generate", "continue a prompt"),
+    "bench": (
+        "qjax_cli.bench.command",
+        "time products on this machine, against bfloat16 and the limits",
+    ),
     "inspect": ("qjax_cli.inspect", "what each layer holds and how it is multiplied"),
 }
 

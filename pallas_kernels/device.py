@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels the default device can run."""
+
+import jax
+
+
+def is_hopper() -> bool:
+    """Whether the default device is an NVIDIA GPU of compute capability 9.0: H100, H200, GH200."""
+    if jax.default_backend() != "gpu":
+        return False
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Emits a kernel of :mod:`pallas_kernels.machine` into a Mosaic GPU kernel, and launches it.
+
+The only file that imports Mosaic's internals (``inline_mgpu`` and MLIR): their names move between
+releases of JAX.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+
+from pallas_kernels.machine import Half
+
+_PTX_HALF = {"bfloat16": "bf16", "float16": "f16"}
+
+
+def launch(
+    program: Callable[..., None],
+    operands: Sequence[jax.Array],
+    out: jax.ShapeDtypeStruct,
+    *,
+    grid: tuple[int, int],
+    threads: int,
+    shared: int,
+    name: str,
+) -> jax.Array:
+    """Runs a program on every block of a grid, on a GPU.
+
+    Args:
+      program: a kernel of a machine, the operands and the output.
+      operands: global arrays to read.
+      out: shape and float dtype of the output.
+      grid: blocks along each axis.
+      threads: of a block; a multiple of 128, whole warpgroups.
+      shared: float32 of shared memory.
+      name: what profilers call the kernel.
+    """
+
+    def body(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def emit(_: Any, *refs: ir.Value) -> None:
+            *arrays, scratch = refs
+            program(MosaicMachine(scratch, grid), *arrays)
+
+        emit(*refs)
+
+    body.__name__ = name
+    kernel = plgpu.kernel(
+        body,
+        out_type=out,
+        grid=(grid[0] * grid[1],),
+        grid_names=("block",),
+        num_threads=threads // 128,
+        thread_name="warpgroup",
+        scratch_types=(plgpu.SMEM((shared,), jnp.float32),),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+    return kernel(*operands)
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
+
+
+def _f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
+def _integer(value: int, type_: ir.Type) -> ir.Value:
+    # MLIR takes the attribute's value as signed.
+    signed = value - 2**32 if type_ == _i32() and value >= 2**31 else value
+    return arith.constant(type_, ir.IntegerAttr.get(type_, signed))
+
+
+def _asm(result: ir.Type, operands: Sequence[ir.Value], text: str, constraints: str) -> Any:
+    return llvm.inline_asm(result, list(operands), text, constraints, has_side_effects=False)
+
+
+class MosaicWord:
+    """A 32-bit unsigned value of each thread, with the operators of integers."""
+
+    def __init__(self, value: ir.Value):
+        """Wraps an i32."""
+        self.value = value
+
+    def _with(self, operation: Callable[..., Any], other: "MosaicWord | int") -> "MosaicWord":
+        return MosaicWord(operation(self.value, _value(other)))
+
+    def __add__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Sum."""
+        return self._with(arith.addi, other)
+
+    def __mul__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Product."""
+        return self._with(arith.muli, other)
+
+    def __floordiv__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Quotient."""
+        return self._with(arith.divui, other)
+
+    def __mod__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Remainder."""
+        return self._with(arith.remui, other)
+
+    def __and__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Bits of both."""
+        return self._with(arith.andi, other)
+
+    def __or__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Bits of either."""
+        return self._with(arith.ori, other)
+
+    def __lshift__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Towards the high bits."""
+        return self._with(arith.shli, other)
+
+    def __rshift__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Towards the low bits."""
+        return self._with(arith.shrui, other)
+
+    def __lt__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Comparison; the result is a condition."""
+        less = arith.CmpIPredicate.ult
+        return MosaicWord(arith.cmpi(less, self.value, _value(other)))
+
+
+def _value(word: "MosaicWord | int") -> ir.Value:
+    return word.value if isinstance(word, MosaicWord) else _integer(word, _i32())
+
+
+class MosaicPointer:
+    """A 64-bit address of each thread."""
+
+    def __init__(self, address: ir.Value):
+        """Wraps an i64."""
+        self.address = address
+
+    def load(self, offset: int, count: int, *, once: bool = False) -> list[MosaicWord]:
+        """One load instruction; the arrays of a kernel do not change while it runs (`.nc`)."""
+        cache = ".L1::no_allocate.L2::128B" if once else ""
+        vector, names = (f".v{count}", "{" + ",".join(f"${i}" for i in range(count)) + "}")
+        if count == 1:
+            vector, names = "", "$0"
+        text = f"ld.global.nc{cache}{vector}.b32 {names}, [${count}+{4 * offset}];"
+        outs = ",".join(["=r"] * count)
+        result = _i32() if count == 1 else llvm.StructType.get_literal([_i32()] * count)
+        loaded = _asm(result, [self.address], text, f"{outs},l")
+        if count == 1:
+            return [MosaicWord(loaded)]
+        return [MosaicWord(llvm.extractvalue(_i32(), loaded, [i])) for i in range(count)]
+
+    def advanced(self, words: MosaicWord | int) -> "MosaicPointer":
+        """Further on."""
+        return MosaicPointer(arith.addi(self.address, _bytes(words, 4)))
+
+
+def _bytes(index: MosaicWord | int, size: int) -> ir.Value:
+    """An index as a 64-bit count of bytes."""
+    wide = arith.extui(_i64(), _value(index))
+    return arith.muli(wide, _integer(size, _i64()))
+
+
+def _address(array: ir.Value) -> ir.Value:
+    return llvm.ptrtoint(_i64(), utils.memref_ptr(array))
+
+
+class MosaicMachine:
+    """One block of threads; see :class:`pallas_kernels.machine.Machine`."""
+
+    def __init__(self, shared: ir.Value, grid: tuple[int, int]):
+        """Begins to emit at MLIR's current place.
+
+        Args:
+          shared: memref of the block's float32 shared memory.
+          grid: blocks along each axis; the launch has them in one row, the second axis fastest, so that
+            blocks of the same weights run at the same time.
+        """
+        self._shared = utils.memref_ptr(shared)
+        self.thread = MosaicWord(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)))
+        self.warp = MosaicWord(utils.warp_idx(sync=True))
+        block = MosaicWord(arith.index_cast(_i32(), gpu.block_id(gpu.Dimension.x)))
+        self.block = (block // grid[1], block % grid[1])
+
+    def pointer(self, array: ir.Value, word: MosaicWord) -> MosaicPointer:
+        """The address of a word."""
+        return MosaicPointer(arith.addi(_address(array), _bytes(word, 4)))
+
+    def store(self, array: ir.Value, index: MosaicWord, value: ir.Value, where: MosaicWord) -> None:
+        """A predicated store."""
+        dtype = ir.MemRefType(array.type).element_type
+        address = arith.addi(_address(array), _bytes(index, 4 if dtype == _f32() else 2))
+        branch = scf.IfOp(where.value)
+        with ir.InsertionPoint(branch.then_block):
+            rounded = value if dtype == _f32() else arith.truncf(dtype, value)
+            llvm.store(rounded, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
+            scf.yield_([])
+
+    def _shared_place(self, index: MosaicWord) -> ir.Value:
+        dynamic = -(2**31)  # MLIR's mark for an index that is a value
+        none = llvm.GEPNoWrapFlags.none
+        return llvm.getelementptr(
+            self._shared.type, self._shared, [index.value], [dynamic], _f32(), none
+        )
+
+    def shared_store(self, index: MosaicWord, value: ir.Value) -> None:
+        """One store."""
+        llvm.store(value, self._shared_place(index))
+
+    def shared_load(self, index: MosaicWord) -> ir.Value:
+        """One load."""
+        return llvm.load(_f32(), self._shared_place(index))
+
+    def barrier(self) -> None:
+        """Of all threads of the block."""
+        gpu.barrier()
+
+    def word(self, value: int) -> MosaicWord:
+        """A constant."""
+        return MosaicWord(_integer(value, _i32()))
+
+    def real(self, value: float) -> ir.Value:
+        """A constant."""
+        return arith.constant(_f32(), ir.FloatAttr.get(_f32(), value))
+
+    def minimum(self, a: MosaicWord, b: MosaicWord | int) -> MosaicWord:
+        """The lesser."""
+        return MosaicWord(arith.minui(a.value, _value(b)))
+
+    def loop(
+        self, count: MosaicWord, carry: Sequence[Any], body: Callable[..., Sequence[Any]]
+    ) -> list[Any]:
+        """A loop of the device; words and reals are carried in registers."""
+        index = ir.IndexType.get()
+        start, step = _integer(0, index), _integer(1, index)
+        raw = [_raw(value) for value in carry]
+        op = scf.ForOp(start, arith.index_cast(index, count.value), step, raw)
+        with ir.InsertionPoint(op.body):
+            i = MosaicWord(arith.index_cast(_i32(), op.induction_variable))
+            new = body(i, [_wrapped(value) for value in op.inner_iter_args])
+            scf.yield_([_raw(value) for value in new])
+        return [_wrapped(value) for value in op.results]
+
+    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """Rounded once."""
+        return _asm(_f32(), [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")
+
+    def plus(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The sum."""
+        return arith.addf(a, b)
+
+    def half_pair_minus(self, half: Half, a: MosaicWord, b: MosaicWord) -> MosaicWord:
+        """One instruction for the pair."""
+        text = f"sub.rn.{_PTX_HALF[half]}x2 $0, $1, $2;"
+        return MosaicWord(_asm(_i32(), [a.value, b.value], text, "=r,r,r"))
+
+    def twice(self, pair: MosaicWord, which: str) -> MosaicWord:
+        """A permutation of bytes."""
+        selector = "0x1010" if which == "low" else "0x3232"
+        text = f"prmt.b32 $0, $1, $1, {selector};"
+        return MosaicWord(_asm(_i32(), [pair.value], text, "=r,r"))
+
+    def half_as_real(self, half: Half, pair: MosaicWord, which: str) -> ir.Value:
+        """A shift for bfloat16, a conversion for float16."""
+        if half == "bfloat16":
+            bits = pair << 16 if which == "low" else pair & 0xFFFF0000
+            return arith.bitcast(_f32(), bits.value)
+        names = "{lo, hi}"
+        text = f"{{ .reg .b16 lo, hi; mov.b32 {names}, $1; cvt.f32.f16 $0, {which[:2]}; }}"
+        return _asm(_f32(), [pair.value], text, "=f,r")
+
+    def mma(
+        self, half: Half, a: Sequence[MosaicWord], b: Sequence[MosaicWord], c: Sequence[ir.Value]
+    ) -> list[ir.Value]:
+        """One tensor-core instruction."""
+        kind = _PTX_HALF[half]
+        text = (
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        operands = [*(w.value for w in a), *(w.value for w in b), *c]
+        result = llvm.StructType.get_literal([_f32()] * 4)
+        out = _asm(result, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
+        return [llvm.extractvalue(_f32(), out, [i]) for i in range(4)]
+
+
+def _raw(value: Any) -> ir.Value:
+    return value.value if isinstance(value, MosaicWord) else value
+
+
+def _wrapped(value: ir.Value) -> Any:
+    return MosaicWord(value) if isinstance(value.type, ir.IntegerType) else value

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights arranged for a kernel: the same weights, and the door that sends their products there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qjax
+from pallas_kernels import device, int4_matmul
+from qjax import ops, qtensor
+
+TAKEN = ["w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w4a16-channel", "w4a16-channel-asym"]
+NUMBERS = (((1,), (0,)), ((), ()))
+
+
+def same(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x, np.float64), np.asarray(y, np.float64))
+
+
+@pytest.fixture
+def weight(rng):
+    return jnp.asarray(rng.standard_normal((256, 48)), jnp.bfloat16)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that takes itself for a Hopper GPU and runs kernels in the interpreter."""
+    monkeypatch.setattr(device, "is_hopper", lambda: True)
+    launched = []
+
+    def interpreted(x, words, scale, zero=None, *, out_dtype=None):
+        launched.append(x.shape)
+        shape = jax.ShapeDtypeStruct((x.shape[0], words.shape[0] * 16), out_dtype or x.dtype)
+        operands = (x, words, scale) + (() if zero is None else (zero,))
+        kernel = original
+
+        def run(*operands):
+            return np.asarray(kernel(*operands, out_dtype=out_dtype, interpret=True))
+
+        return jax.pure_callback(run, shape, *operands, vmap_method="sequential")
+
+    original = int4_matmul.int4_matmul
+    monkeypatch.setattr(int4_matmul, "int4_matmul", interpreted)
+    return launched
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", TAKEN)
+def test_there_and_back(weight, name, dtype):
+    q = qjax.quantize(weight.astype(dtype), name)
+    arranged = qtensor.for_kernel(q)
+    assert arranged.layout is not None and arranged.codes.dtype == jnp.uint32
+    assert (arranged.shape, arranged.dtype, arranged.tile) == (q.shape, q.dtype, q.tile)
+    zeros = 0 if q.zero is None else q.zero.size  # 16 bits each there, 8 here
+    assert arranged.nbytes == q.nbytes + zeros and arranged.scheme == q.scheme
+    same(qtensor.plain(arranged), q)
+    assert qtensor.for_kernel(arranged) is arranged and qtensor.plain(q) is q
+    np.testing.assert_array_equal(qjax.dequantize(arranged), qjax.dequantize(q))
+
+
+def test_layers_that_are_stacked(weight):
+    q = qjax.quantize(jnp.stack([weight, weight * 2]), "w4a16-g64-asym", stacked=1)
+    arranged = qtensor.for_kernel(q)
+    assert arranged.shape == (2, 256, 48)
+    same(qtensor.plain(arranged), q)
+    _, each = jax.lax.scan(lambda c, q: (c, qjax.dequantize(q)), 0, arranged)
+    np.testing.assert_array_equal(each, qjax.dequantize(q))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("w8a16-g32", (256, 48), "is for int4 weights alone, this is w8a16-g32"),
+        ("w4a8", (256, 48), "is for int4 weights alone, this is w4a8"),
+        ("w4a16-g16", (256, 48), "group_size=16 must be one of"),
+        ("w4a16-tensor", (256, 48), "for tiles of"),
+        ("w4a16-g64", (192, 48), "k=192 must be divisible by 128"),
+        ("w4a16-g64", (256, 40), "n=40 must be divisible by 16"),
+    ],
+)
+def test_weights_that_no_kernel_takes(name, shape, reason):
+    q = qjax.quantize(jnp.ones(shape, jnp.bfloat16), name)
+    assert reason in qtensor.why_no_kernel(q)
+    assert qtensor.for_kernel(q) is q
+    with pytest.raises(NotImplementedError, match="no Pallas kernel takes") as caught:
+        qjax.matmul(jnp.ones((1, shape[0]), jnp.bfloat16), q, implementation="pallas")
+    assert reason in str(caught.value)
+
+
+def test_float32_scales_have_no_kernel(weight):
+    q = qjax.quantize(weight.astype(jnp.float32), "w4a16-g64")
+    assert "tokens are float32" in qtensor.why_no_kernel(q)
+
+
+def test_nothing_is_arranged_without_the_gpu(weight):
+    q = qjax.quantize(weight, "w4a16-g64")
+    assert qjax.prepare({"a": q})["a"] is q
+
+
+def test_arranged_weights_compute_everywhere(weight, rng):
+    q = qjax.quantize(weight, "w4a16-g64-asym")
+    arranged = qtensor.for_kernel(q)
+    x = jnp.asarray(rng.standard_normal((3, 256)), jnp.bfloat16)
+    np.testing.assert_array_equal(qjax.matmul(x, arranged), qjax.matmul(x, q))
+    with pytest.raises(NotImplementedError, match="runs on Hopper GPUs, this is"):
+        qjax.matmul(x, arranged, implementation="pallas")
+
+
+def test_the_rule_of_the_door(hopper, weight):
+    q = qjax.quantize(weight, "w4a16-g64")
+    arranged = qjax.prepare(q)
+
+    def reason(x, w, numbers=NUMBERS):
+        return ops.why_not_pallas(jax.ShapeDtypeStruct(*x), w, numbers)
+
+    assert reason(((64, 256), jnp.bfloat16), arranged) is None
+    assert "65 rows" in reason(((65, 256), jnp.bfloat16), arranged)
+    assert "0 rows" in reason(((0, 256), jnp.bfloat16), arranged)
+    assert "activations are float32" in reason(((1, 256), jnp.float32), arranged)
+    assert "qjax.prepare" in reason(((1, 256), jnp.bfloat16), q)
+    assert "not quantized" in reason(((1, 256), jnp.bfloat16), weight)
+    other = (((1,), (1,)), ((), ()))
+    assert "x [..., k] . w [k, n] only" in reason(((1, 48), jnp.bfloat16), arranged, other)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_products_through_the_kernel(hopper, weight, rng, name):
+    q = qjax.quantize(weight, name)
+    arranged = qjax.prepare(q)
+    x = jnp.asarray(rng.standard_normal((2, 3, 256)), jnp.bfloat16)
+    y = jax.jit(qjax.matmul)(x, arranged)
+    assert hopper == [(6, 256)]
+    expected = np.asarray(x, np.float64) @ np.asarray(qjax.dequantize(q, jnp.float32), np.float64)
+    # Exact weights, float32 sums, one rounding to bfloat16.
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2.0**-8, atol=1e-4)
+    wide = qjax.matmul(x, arranged, preferred_element_type=jnp.float32, implementation="pallas")
+    np.testing.assert_allclose(wide, expected, rtol=1e-5, atol=1e-4)
+    qjax.matmul(x, arranged, implementation="xla")
+    qjax.matmul(jnp.ones((65, 256), jnp.bfloat16), arranged)
+    assert len(hopper) == 2
+
+
+def test_vmap_joins_the_rows_and_gradients_reach_the_activations(hopper, weight, rng):
+    q = qjax.quantize(weight, "w4a16-g64-asym")
+    arranged = qjax.prepare(q)
+    x = jnp.asarray(rng.standard_normal((5, 4, 256)), jnp.bfloat16)
+    y = jax.vmap(qjax.matmul, in_axes=(0, None))(x, arranged)
+    assert (20, 256) in hopper
+    np.testing.assert_allclose(
+        y, qjax.matmul(x, arranged, implementation="xla"), rtol=0.02, atol=0.1
+    )
+    many = jnp.ones((70, 1, 256), jnp.bfloat16)
+    assert jax.vmap(qjax.matmul, in_axes=(0, None))(many, arranged).shape == (70, 1, 48)
+
+    def total(x, w):
+        return qjax.matmul(x, w).astype(jnp.float32).sum()
+
+    ours, plain = jax.grad(total)(x[0], arranged), jax.grad(total)(x[0], q)
+    np.testing.assert_allclose(
+        ours.astype(jnp.float32), plain.astype(jnp.float32), rtol=0.02, atol=0.02
+    )
+
+
+def test_weights_with_a_batch_axis_go_one_by_one(hopper, weight):
+    q = qjax.quantize(jnp.stack([weight, weight * 2]), "w4a16-g64", stacked=1)
+    x = jnp.ones((2, 1, 256), jnp.bfloat16)
+    ours = jax.vmap(qjax.matmul)(x, qjax.prepare(q))
+    np.testing.assert_allclose(ours, jax.vmap(qjax.matmul)(x, q), rtol=0.02, atol=0.1)
+
+
+def test_a_prepared_model_computes_the_same(hopper, rng):
+    model = nnx.Linear(128, 32, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    quantized, _ = qjax.quantize_model(nnx.Sequential(model), "w4a16-g64")
+    graph, state = nnx.split(quantized)
+    prepared = nnx.merge(graph, qjax.prepare(state))
+    x = jnp.asarray(rng.standard_normal((2, 128)), jnp.bfloat16)
+    np.testing.assert_allclose(prepared(x), quantized(x), rtol=0.02, atol=0.02)
+    assert hopper == [(2, 128)]
+    assert "pallas: int4_matmul" in ops.form(prepared.layers[0].kernel[...])
