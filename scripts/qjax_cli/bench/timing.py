@@ -37,29 +37,36 @@ def measure(function: Callable[..., Any], operands: Sequence[Any]) -> Timing:
       operands: :func:`copies_of` them; all of one shape.
     """
 
-    def every() -> list[Any]:
+    def every(operands: Sequence[Any]) -> list[Any]:
         return [function(operand) for operand in operands]
 
-    jax.block_until_ready(every())
-    seconds = _kernel_seconds(every) if jax.default_backend() == "gpu" else _wall_seconds(every)
+    time_them = _kernel_seconds if jax.default_backend() == "gpu" else _wall_seconds
+    seconds = time_them(every, operands)
     each = [1e6 * s / len(operands) for s in seconds]
     return Timing(us=statistics.median(each), spread_us=(min(each), max(each)))
 
 
-def _wall_seconds(run: Callable[[], Any]) -> list[float]:
+def _wall_seconds(run: Callable[..., Any], operands: Sequence[Any]) -> list[float]:
     seconds = []
+    jax.block_until_ready(run(operands))
     for _ in range(_REPEATS):
         start = time.perf_counter()
-        jax.block_until_ready(run())
+        jax.block_until_ready(run(operands))
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def _kernel_seconds(run: Callable[[], Any]) -> list[float]:
-    """By CUPTI: what the kernels took, without the gaps between them."""
+def _kernel_seconds(run: Callable[..., Any], operands: Sequence[Any]) -> list[float]:
+    """By CUPTI: what the kernels took, without the gaps between them.
+
+    Raises:
+      RuntimeError: CUPTI tells nothing, as when another profiler holds it.
+    """
     from jax.experimental.mosaic.gpu import profiler  # noqa: PLC0415  there with CUDA alone
 
-    measured: Any = profiler.measure(run, aggregate=False, iterations=_REPEATS)()
+    measured: Any = profiler.measure(run, aggregate=False, iterations=_REPEATS)(list(operands))
+    if measured[1] is None:
+        raise RuntimeError("CUPTI has recorded no kernel; is another profiler running?")
     return [sum(milliseconds for _, milliseconds in kernels) / 1e3 for kernels in measured[1]]
 
 
