@@ -4,11 +4,11 @@
 from qjax.algorithms.round_nearest import quantize as quantize
 from qjax.evaluation import Evaluation as Evaluation
 from qjax.evaluation import evaluate as evaluate
+from qjax.kernel_products import prepare as prepare
 from qjax.nnx_layers import QuantizedParam as QuantizedParam
 from qjax.ops import dot_general as dot_general
 from qjax.ops import einsum as einsum
 from qjax.ops import matmul as matmul
-from qjax.ops import prepare as prepare
 from qjax.ops import take as take
 from qjax.post_training import quantize_model as quantize_model
 from qjax.qtensor import QTensor as QTensor

@@ -16,10 +16,10 @@ any                in groups (fp8-block, mx)   ``dot(dequantize(x), dequantize(w
 groups, on a GPU   as they are, few rows       ``sum(dot(x, codes) by group * scale)``: `few_rows`
 =================  ==========================  =====================================================
 
-int4 weights that :func:`prepare` has arranged for it go through :mod:`pallas_kernels.int4_matmul`
+int4 weights that :func:`qjax.prepare` has arranged for it go through :mod:`pallas_kernels.int4_matmul`
 instead, on a Hopper GPU, in products of at most 64 rows of the scales' 16-bit dtype
-(:func:`why_not_pallas`). All others go through XLA, in the arrangement of the table: above 64 rows
-arithmetic, not reading the weights, takes the time.
+(:func:`qjax.kernel_products.why_not`). All others go through XLA, in the arrangement of the table: above
+64 rows arithmetic, not reading the weights, takes the time.
 
 Accumulation is float32 or int32 whatever the operands are, and the result is rounded once, to
 ``preferred_element_type`` or the promoted dtype. The dot of two integers always asks for an int32
@@ -28,21 +28,19 @@ result: asking for int8 sends XLA on a GPU into a scalar loop (openxla/xla issue
 
 import functools
 import math
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer, Shaped
 
-from pallas_kernels import device, int4_matmul
-from qjax import activations, qtensor, tiles
+from pallas_kernels import device
+from qjax import activations, kernel_products, qtensor, tiles
 from qjax.qtensor import QTensor
 
 Implementation = Literal["auto", "xla", "pallas"]
 _LEAST_ROWS = 16  # see few_rows
-_MOST_KERNEL_ROWS = 64
-Tree = TypeVar("Tree")
 
 DimensionNumbers = tuple[Any, Any]  # ((x contracting, w contracting), (x batch, w batch))
 
@@ -105,7 +103,7 @@ def dot_general(
       preferred_element_type: dtype of the result; the promoted dtype of both if None.
       out_sharding: as in ``jax.lax``; for plain weights only.
       implementation: ``"xla"``; ``"pallas"`` for a hand-written kernel; ``"auto"`` for the kernel where
-        :func:`why_not_pallas` has nothing against it, else XLA.
+        :func:`qjax.kernel_products.why_not` has nothing against it, else XLA.
 
     Returns:
       Batch axes, then the free axes of ``x``, then those of ``w``. Gradients flow to ``x`` (straight
@@ -123,9 +121,9 @@ def dot_general(
     numbers = _normalized(dimension_numbers, x.ndim, w.ndim)
     _check_lengths(x, w, numbers)
     if implementation != "xla":
-        reason = why_not_pallas(x, w, numbers)
+        reason = kernel_products.why_not(x, w, numbers)
         if reason is None and isinstance(w, QTensor):
-            return _pallas(x, w, jnp.dtype(dtype))
+            return kernel_products.product(x, w, jnp.dtype(dtype))
         if implementation == "pallas":
             raise NotImplementedError(
                 f"no Pallas kernel takes {x.dtype}{list(x.shape)} x {_describe(w)}: {reason}; "
@@ -230,96 +228,6 @@ def take(
     )
 
 
-def prepare(tree: Tree) -> Tree:
-    """Arranges the weights of a model for the kernels of this machine; once, when it is loaded.
-
-    On a Hopper GPU every QTensor that a kernel takes is rearranged (:func:`qjax.qtensor.for_kernel`); all
-    else, and everything on other machines, stays as it is. The result computes the same.
-
-    Args:
-      tree: an ``nnx.State``, a QTensor, or any pytree that holds some.
-    """
-    if not device.is_hopper():
-        return tree
-    return jax.tree.map(
-        lambda leaf: qtensor.for_kernel(leaf) if isinstance(leaf, QTensor) else leaf,
-        tree,
-        is_leaf=lambda leaf: isinstance(leaf, QTensor),
-    )
-
-
-def why_not_pallas(x: Any, w: Any, numbers: DimensionNumbers) -> str | None:
-    """Why a product does not go through a kernel here, in words with the numbers; None if it does.
-
-    Args:
-      x: activations, or their shape and dtype.
-      w: weight, likewise.
-      numbers: as in ``jax.lax.dot_general``.
-    """
-    if not isinstance(w, QTensor):
-        return "the weight is not quantized"
-    if w.layout is None:
-        reason = qtensor.why_no_kernel(w)
-        return reason or "the weight is not arranged for the kernel: qjax.prepare does that"
-    if not device.is_hopper():
-        return f"it runs on Hopper GPUs, this is {jax.devices()[0].device_kind}"
-    (x_axes, w_axes), (batch, _) = numbers
-    if w.ndim != 2 or batch or tuple(w_axes) != (0,) or tuple(x_axes) != (x.ndim - 1,):
-        return "it computes x [..., k] . w [k, n] only"
-    if str(x.dtype) != w.layout.half:
-        return f"activations are {x.dtype}, the scales are {w.layout.half}"
-    rows = x.size // x.shape[-1] if x.size else 0
-    if not 1 <= rows <= _MOST_KERNEL_ROWS:
-        return f"{rows} rows of activations, it is for 1 to {_MOST_KERNEL_ROWS}"
-    return None
-
-
-def _pallas(x, w: QTensor, dtype: Any) -> Float[Array, "..."]:
-    rows = x.reshape(-1, x.shape[-1])
-    y: Array = _int4_product(rows, w, dtype)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _int4_product(x: Float[Array, "m k"], w: QTensor, dtype: Any) -> Float[Array, "m n"]:
-    """The kernel's product; under vmap over activations their batch joins the rows."""
-
-    def kernel(x, w):
-        return int4_matmul.int4_matmul(x, w.codes, w.scale, w.zero, out_dtype=dtype)
-
-    product: Any = jax.custom_batching.custom_vmap(kernel)
-
-    def batched(size: int, is_batched: Any, x: Any, w: Any):
-        if any(jax.tree.leaves(is_batched[1])):
-            # Each has a weight of its own: one product after the other.
-            one = (lambda pair: product(*pair)) if is_batched[0] else (lambda w: product(x, w))
-            return jax.lax.map(one, (x, w) if is_batched[0] else w), True
-        if size * x.shape[1] > _MOST_KERNEL_ROWS:
-            y = matmul(x, w, preferred_element_type=dtype, implementation="xla")
-        else:
-            y = product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
-        return y, True
-
-    product.def_vmap(batched)
-    return product(x, w)
-
-
-def _int4_product_forward(x, w, dtype):
-    return _int4_product(x, w, dtype), (x, w)
-
-
-def _int4_product_backward(dtype, saved, cotangent):
-    """The gradient of activations; the arranged scales are bits and have none."""
-    del dtype
-    x, w = saved
-    numbers = (((1,), (0,)), ((), ()))
-    _, pullback = jax.vjp(lambda x: _weight_only(x, qtensor.plain(w), numbers, None), x)
-    return *pullback(cotangent.astype(jnp.float32)), None
-
-
-_int4_product.defvjp(_int4_product_forward, _int4_product_backward)
-
-
 def form(w: Any) -> str:
     """How a product with this weight runs here, in words: the row of the module's table.
 
@@ -330,7 +238,8 @@ def form(w: Any) -> str:
         return "xla: dot"
     scheme, whole = w.activations, w.scaled_per_contraction
     if device.is_hopper() and qtensor.why_no_kernel(w) is None:
-        return f"pallas: int4_matmul up to {_MOST_KERNEL_ROWS} rows, then xla: dequantize, then dot"
+        rows = kernel_products.MOST_ROWS
+        return f"pallas: int4_matmul up to {rows} rows, then xla: dequantize, then dot"
     if scheme is None:
         if whole:
             return "xla: dot of codes, then scale"

@@ -9,7 +9,7 @@ from flax import nnx
 
 import qjax
 from pallas_kernels import device, int4_matmul
-from qjax import ops, qtensor
+from qjax import kernel_products, ops, qtensor
 
 TAKEN = ["w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w4a16-channel", "w4a16-channel-asym"]
 NUMBERS = (((1,), (0,)), ((), ()))
@@ -116,7 +116,7 @@ def test_the_rule_of_the_door(hopper, weight):
     arranged = qjax.prepare(q)
 
     def reason(x, w, numbers=NUMBERS):
-        return ops.why_not_pallas(jax.ShapeDtypeStruct(*x), w, numbers)
+        return kernel_products.why_not(jax.ShapeDtypeStruct(*x), w, numbers)
 
     assert reason(((64, 256), jnp.bfloat16), arranged) is None
     assert "65 rows" in reason(((65, 256), jnp.bfloat16), arranged)

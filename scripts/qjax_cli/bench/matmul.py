@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import qjax
-from qjax import ops, qtensor
+from qjax import kernel_products, qtensor
 from qjax_cli.bench import timing
 
 PLAIN = "bfloat16"  # the scheme of weights that are not quantized
@@ -49,7 +49,7 @@ def rows(
             for m in tokens:
                 x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
                 yield _row(scheme, "xla", x, weights)
-                if ops.why_not_pallas(x, arranged[0], NUMBERS) is None:
+                if kernel_products.why_not(x, arranged[0], NUMBERS) is None:
                     yield _row(scheme, "pallas", x, arranged)
 
 

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products that a kernel of :mod:`pallas_kernels` computes, under jit, vmap and grad.
+
+:mod:`qjax.ops` sends a product here when :func:`why_not` has nothing against it.
+"""
+
+import functools
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import device, int4_matmul
+from qjax import qtensor
+from qjax.qtensor import QTensor
+
+MOST_ROWS = 64  # of activations; above, reading the weights is no longer what takes the time
+
+Tree = TypeVar("Tree")
+
+
+def prepare(tree: Tree) -> Tree:
+    """Arranges the weights of a model for the kernels of this machine; once, when it is loaded.
+
+    On a Hopper GPU every QTensor that a kernel takes is rearranged (:func:`qjax.qtensor.for_kernel`); all
+    else, and everything on other machines, stays as it is. The result computes the same.
+
+    Args:
+      tree: an ``nnx.State``, a QTensor, or any pytree that holds some.
+
+    Example:
+      >>> prepare({"bias": 1.0})
+      {'bias': 1.0}
+    """
+    if not device.is_hopper():
+        return tree
+    return jax.tree.map(
+        lambda leaf: qtensor.for_kernel(leaf) if isinstance(leaf, QTensor) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, QTensor),
+    )
+
+
+def why_not(x: Any, w: Any, numbers: Any) -> str | None:
+    """Why a product does not go through a kernel here, in words with the numbers; None if it does.
+
+    Args:
+      x: activations, or their shape and dtype.
+      w: weight, likewise.
+      numbers: as in ``jax.lax.dot_general``.
+    """
+    if not isinstance(w, QTensor):
+        return "the weight is not quantized"
+    if w.layout is None:
+        reason = qtensor.why_no_kernel(w)
+        return reason or "the weight is not arranged for the kernel: qjax.prepare does that"
+    if not device.is_hopper():
+        return f"it runs on Hopper GPUs, this is {jax.devices()[0].device_kind}"
+    (x_axes, w_axes), (batch, _) = numbers
+    if w.ndim != 2 or batch or tuple(w_axes) != (0,) or tuple(x_axes) != (x.ndim - 1,):
+        return "it computes x [..., k] . w [k, n] only"
+    assert w.layout is not None
+    if str(x.dtype) != w.layout.half:
+        return f"activations are {x.dtype}, the scales are {w.layout.half}"
+    rows = x.size // x.shape[-1] if x.size else 0
+    if not 1 <= rows <= MOST_ROWS:
+        return f"{rows} rows of activations, it is for 1 to {MOST_ROWS}"
+    return None
+
+
+def product(x: Float[Array, "*batch k"], w: QTensor, dtype: Any) -> Float[Array, "*batch n"]:
+    """``x @ w`` through the kernel.
+
+    Under vmap over activations their batch joins the rows; with a batch of weights one product follows
+    the other. Gradients flow to ``x``; the arranged scales are bits and have none.
+
+    Args:
+      x: activations that :func:`why_not` accepts.
+      w: weight, arranged.
+      dtype: of the result.
+    """
+    y: Array = _int4_product(x.reshape(-1, x.shape[-1]), w, dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _int4_product(x: Float[Array, "m k"], w: QTensor, dtype: Any) -> Float[Array, "m n"]:
+    def kernel(x, w):
+        return int4_matmul.int4_matmul(x, w.codes, w.scale, w.zero, out_dtype=dtype)
+
+    batchable: Any = jax.custom_batching.custom_vmap(kernel)
+
+    def batched(size: int, is_batched: Any, x: Any, w: Any):
+        if any(jax.tree.leaves(is_batched[1])):
+            one = (lambda pair: batchable(*pair)) if is_batched[0] else (lambda w: batchable(x, w))
+            return jax.lax.map(one, (x, w) if is_batched[0] else w), True
+        if size * x.shape[1] > MOST_ROWS:
+            dense = qtensor.dequantize(w, x.dtype)
+            return jnp.matmul(x, dense, preferred_element_type=jnp.float32).astype(dtype), True
+        return batchable(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1), True
+
+    batchable.def_vmap(batched)
+    return batchable(x, w)
+
+
+def _forward(x, w, dtype):
+    return _int4_product(x, w, dtype), (x, w)
+
+
+def _backward(dtype, saved, cotangent):
+    del dtype
+    x, w = saved
+    dense = qtensor.dequantize(w, x.dtype)
+    gradient = jnp.matmul(cotangent.astype(x.dtype), dense.T, preferred_element_type=jnp.float32)
+    return gradient.astype(x.dtype), None
+
+
+_int4_product.defvjp(_forward, _backward)
