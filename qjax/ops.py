@@ -238,8 +238,9 @@ def form(w: Any) -> str:
         return "xla: dot"
     scheme, whole = w.activations, w.scaled_per_contraction
     if device.is_hopper() and qtensor.why_no_kernel(w) is None:
+        once = "" if w.layout else " once prepared"
         rows = kernel_products.MOST_ROWS
-        return f"pallas: int4_matmul up to {rows} rows, then xla: dequantize, then dot"
+        return f"pallas: int4_matmul up to {rows} rows{once}, then xla: dequantize, then dot"
     if scheme is None:
         if whole:
             return "xla: dot of codes, then scale"
