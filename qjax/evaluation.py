@@ -55,7 +55,7 @@ def evaluate(
     model: Logits,
     tokens: Int[np.ndarray, "n length"],
     *,
-    baseline: Logits | None = None,
+    baseline: Logits | Float[np.ndarray, "..."] | None = None,
     batch_size: int | None = None,
     on_batch: Callable[[int], None] = lambda windows: None,
 ) -> Evaluation:
@@ -65,13 +65,14 @@ def evaluate(
       model: from tokens to logits; an ``nnx.Module`` is passed through jit with its weights as
         arguments, any other callable as it is.
       tokens: each row an independent window of at least two tokens.
-      baseline: the model to compare with.
+      baseline: the model to compare with; or its logits on these tokens (:func:`logits_of`), where
+        several models are compared with it.
       batch_size: windows at once; by default what keeps the logits near 256 MiB.
       on_batch: called after each batch with the windows done so far; for progress bars.
 
     Raises:
-      ValueError: no window, windows of one token, tokens outside a model's vocabulary, or logits
-        that are not finite.
+      ValueError: no window, windows of one token, tokens outside a model's vocabulary, a baseline of
+        another shape, or logits that are not finite.
     """
     count, length = tokens.shape
     if count < 1 or length < 2:
@@ -81,12 +82,17 @@ def evaluate(
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"a batch holds at least one window, got {batch_size=}")
-    apply, apply_baseline = _compiled(model), _compiled(baseline) if baseline else None
+    apply = _compiled(model)
+    known = baseline if isinstance(baseline, np.ndarray) else None
+    apply_baseline = _compiled(baseline) if callable(baseline) else None
     vocabulary = _vocabulary(apply, length)
     if apply_baseline and (other := _vocabulary(apply_baseline, length)) != vocabulary:
         raise ValueError(
             f"the model knows {vocabulary} tokens, the baseline {other}: not comparable"
         )
+    expected = (count, length, vocabulary)
+    if known is not None and known.shape != expected:
+        raise ValueError(f"the baseline's logits have shape {known.shape}, need {expected}")
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise ValueError(
             f"tokens lie in [{tokens.min()}, {tokens.max()}], the model knows 0 to {vocabulary - 1}"
@@ -99,6 +105,8 @@ def evaluate(
         scores = [_nll(logits, jnp.asarray(batch))]
         if apply_baseline:
             scores += _distance(logits, apply_baseline(jnp.asarray(batch)))
+        elif known is not None:
+            scores += _distance(logits, jnp.asarray(_filled(known[done : done + rows], len(batch))))
         # A sum over a batch in float32 would lose digits of a long text; float64 on the host does not.
         sums[: len(scores)] += [np.asarray(score, np.float64)[:rows].sum() for score in scores]
         done += rows
@@ -112,6 +120,17 @@ def evaluate(
     if baseline is None:
         return Evaluation(nll=nll, tokens=predicted)
     return Evaluation(nll=nll, tokens=predicted, kl=kl, top1_agreement=agreement)
+
+
+def logits_of(
+    model: Logits, tokens: Int[np.ndarray, "n length"]
+) -> Float[np.ndarray, "n length V"]:
+    """A model's logits on windows of tokens, on the host: a baseline for :func:`evaluate`.
+
+    They take 4 bytes for each token and entry of the vocabulary.
+    """
+    apply = _compiled(model)
+    return np.concatenate([np.asarray(apply(jnp.asarray(window[None]))) for window in tokens])
 
 
 # Models are compiled apart from the scores, and by their structure: a baseline that several models are
@@ -157,6 +176,12 @@ def _batches(tokens: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, 
     batch_size = min(batch_size, len(tokens))
     for start in range(0, len(tokens), batch_size):
         batch = tokens[start : start + batch_size]
-        rows = len(batch)
-        filling = np.repeat(batch[:1], batch_size - rows, axis=0)
-        yield np.concatenate([batch, filling]), rows
+        yield np.asarray(_filled(batch, batch_size)), len(batch)
+
+
+def _filled(rows: Any, batch_size: int) -> Any:
+    """Rows filled up with the first of them."""
+    missing = batch_size - len(rows)
+    if not missing:
+        return rows
+    return np.concatenate([rows, np.repeat(rows[:1], missing, axis=0)])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.evaluation import logits_of
 
 VOCABULARY = 11
 RNG = np.random.default_rng(0)
@@ -46,6 +47,16 @@ def test_is_the_plain_mean(batch_size):
     np.testing.assert_allclose(result.perplexity, np.exp(NLL), rtol=1e-5)
     np.testing.assert_allclose(result.kl, KL, rtol=1e-5)
     np.testing.assert_allclose(result.top1_agreement, AGREEMENT, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2, 100])
+def test_a_baseline_may_be_its_logits(batch_size):
+    known = logits_of(BASELINE, TOKENS)
+    assert known.shape == (7, 6, VOCABULARY)
+    ours = qjax.evaluate(MODEL, TOKENS, baseline=known, batch_size=batch_size)
+    assert ours == qjax.evaluate(MODEL, TOKENS, baseline=BASELINE, batch_size=batch_size)
+    with pytest.raises(ValueError, match=r"shape \(6, 6, 11\), need \(7, 6, 11\)"):
+        qjax.evaluate(MODEL, TOKENS, baseline=known[1:])
 
 
 def test_without_a_baseline():

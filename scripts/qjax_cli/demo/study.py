@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Int32
 
 import qjax
+from qjax.evaluation import logits_of
 from qjax.nnx_layers import quantizable_layers, weight_of
 from qjax.qtensor import device_bytes
 from qjax_models import Decoder
@@ -68,12 +69,14 @@ class Study:
           The row, and the greedy continuation of each prompt.
         """
         plain = qjax.evaluate(self.model, self.windows)
+        # Once, and not again for every scheme: a fourth of the time.
+        baseline = logits_of(self.model, self.windows)
         _, report = qjax.quantize_model(self.model, schemes[0])
         layers = {layer.path for layer in report.quantized}
         yield self._row(self.dtype, self.model, plain.perplexity, plain.perplexity, 0.0, layers)
         for scheme in schemes:
             model, _ = qjax.quantize_model(self.model, scheme)
-            judged = qjax.evaluate(model, self.windows, baseline=self.model)
+            judged = qjax.evaluate(model, self.windows, baseline=baseline)
             assert judged.kl is not None
             yield self._row(scheme, model, judged.perplexity, plain.perplexity, judged.kl, layers)
 
