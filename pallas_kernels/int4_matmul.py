@@ -26,7 +26,6 @@ so as not to be in the way:
 import functools
 import importlib.resources
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +46,7 @@ _NEAREST_DEVICE = "NVIDIA H100 80GB HBM3"  # for Hopper GPUs that have no table 
 # 2 ** (mantissa bits) of the 16-bit float, in both halves of a word: the float whose last bits count
 # ones.
 _UNIT = {"bfloat16": 0x43004300, "float16": 0x64006400}
+_LEAST = {"bfloat16": 128, "float16": 1024}  # that float's value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ def int4_matmul_reference(
         return jnp.repeat(values, k // values.shape[0], axis=0)
 
     if zero is not None:
-        unit = {"bfloat16": 128, "float16": 1024}[str(x.dtype)]
+        unit = _LEAST[str(x.dtype)]
         codes = codes - (spread(zero) - unit - 8)
     w = codes * spread(scale)
     return jnp.matmul(x.astype(jnp.float32), w, precision="highest").astype(out_dtype or x.dtype)
@@ -217,13 +217,13 @@ def pack_zeros(zero: Shaped[Array, "*layers groups n"], half: Half) -> UInt32[Ar
       zero: int4 zeros, -8 to 7.
       half: dtype of the product.
     """
-    unit = {"bfloat16": 128, "float16": 1024}[half]
+    unit = _LEAST[half]
     return row_blocks.tile_pairs((zero.astype(jnp.float32) + (unit + 8)).astype(half))
 
 
 def unpack_zeros(words: UInt32[Array, "..."], half: Half) -> Shaped[Array, "*layers groups n"]:
     """Inverse of :func:`pack_zeros`: int8 zeros."""
-    unit = {"bfloat16": 128, "float16": 1024}[half]
+    unit = _LEAST[half]
     lifted = row_blocks.untile_pairs(words, jnp.dtype(half)).astype(jnp.float32)
     return (lifted - (unit + 8)).astype(jnp.int8)
 
@@ -529,14 +529,3 @@ def _add_slices(
         m, n = machine.block[1] * product.tokens + token, machine.block[0] * config.outputs + output
         inside = machine.thread + start < config.outputs * product.tokens
         machine.store(out, m * product.n + n, total, inside & (m < product.m) & (n < product.n))
-
-
-def traffic(product: Product) -> int:
-    """Bytes that the product must move: weights once, tokens once, the result."""
-    pairs = (2 if product.has_zeros else 1) * 2 * product.n * product.groups
-    return product.n * product.k // 2 + pairs + 2 * product.m * (product.k + product.n)
-
-
-def floor_seconds(product: Product, read_bytes_per_second: float) -> float:
-    """The least time: all bytes at the speed of memory."""
-    return math.ceil(traffic(product)) / read_bytes_per_second

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 _REPEATS = 5
 _COLD_BYTES = 320e6  # operands that are rotated through: more than any cache holds
+_MOST_COPIES = 64
 _READ_BYTES, _SQUARE = 2**31, 8192  # of the two ceilings, on a GPU
 _SMALL = 32  # a CPU measures them at so many times less
 
@@ -25,8 +26,8 @@ class Timing:
 
 
 def copies_of(nbytes: int) -> int:
-    """How many operands of a size keep the caches cold."""
-    return max(2, int(_COLD_BYTES / nbytes) + 1)
+    """How many operands of a size keep the caches cold; small ones are let into them."""
+    return min(_MOST_COPIES, max(2, int(_COLD_BYTES / nbytes) + 1))
 
 
 def measure(function: Callable[..., Any], operands: Sequence[Any]) -> Timing:
