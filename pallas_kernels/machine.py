@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a kernel for single threads is written against: words, pointers, tensor-core products.
 
-Where Pallas' own block operations are too coarse (they know no product of one warp that takes int4 from
+Where Pallas' own block operations are too coarse (they know no product of one warp that takes codes from
 memory straight into registers), a kernel is a Python function of a :class:`Machine`. Two machines run it:
 
 - :class:`pallas_kernels.mosaic_machine.MosaicMachine` emits it into a Mosaic GPU kernel;
@@ -18,7 +18,7 @@ plain integers or words on the other side. A *real* is a float32, one for each t
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-Word = Any  # + - * // % & | << >> <, as uint32
+Word = Any  # + * // % & | ^ << >> <, as uint32
 Real = Any  # opaque: only a machine computes with it
 Half = Literal["bfloat16", "float16"]  # the 16-bit floats of tensor-core products
 
@@ -58,11 +58,15 @@ class Machine(Protocol):
         """Rounds to the array's float dtype and writes, where the condition holds."""
         ...
 
-    def shared_store(self, index: Word, value: Real) -> None:
-        """Writes to the block's shared memory, an array of float32."""
+    def real_at(self, array: Any, index: Word) -> Real:
+        """Reads an element of a global array of floats."""
         ...
 
-    def shared_load(self, index: Word) -> Real:
+    def shared_store(self, index: Word, value: Word) -> None:
+        """Writes to the block's shared memory, an array of words."""
+        ...
+
+    def shared_load(self, index: Word) -> Word:
         """Reads from it."""
         ...
 
@@ -99,12 +103,42 @@ class Machine(Protocol):
         """``a + b``."""
         ...
 
+    def times(self, a: Real, b: Real) -> Real:
+        """``a * b``."""
+        ...
+
+    def as_word(self, value: Real) -> Word:
+        """The bits of a float32."""
+        ...
+
+    def as_real(self, bits: Word) -> Real:
+        """The float32 of these bits."""
+        ...
+
+    def rounded(self, integer: Word) -> Real:
+        """The float32 nearest to an int32."""
+        ...
+
     def half_pair_minus(self, half: Half, a: Word, b: Word) -> Word:
         """The difference of two pairs of 16-bit floats, pair by pair."""
         ...
 
-    def twice(self, pair: Word, which: Literal["low", "high"]) -> Word:
-        """One half of a word, in both halves."""
+    def bytes_of(self, a: Word, b: Word, places: int) -> Word:
+        """Four bytes out of eight.
+
+        Args:
+          a: bytes 0 to 3, the lowest first.
+          b: bytes 4 to 7.
+          places: four hexadecimal digits, which byte comes where, the lowest last: 0x3210 is ``a``.
+        """
+        ...
+
+    def lifted(self, word: Word, mask: int, unit: Word) -> Word:
+        """``word & mask | unit``, as one instruction."""
+        ...
+
+    def e4m3_as_half(self, word: Word, which: Literal["low", "high"]) -> Word:
+        """Two of the four float8_e4m3fn in a word, as a pair of float16."""
         ...
 
     def half_as_real(self, half: Half, pair: Word, which: Literal["low", "high"]) -> Real:
@@ -122,5 +156,16 @@ class Machine(Protocol):
             last two 8 columns further on.
           b: two pairs: column g at rows 2 c and 2 c + 1, the second 8 rows further on.
           c: four float32: rows g, g, g + 8, g + 8 at columns 2 c, 2 c + 1, 2 c, 2 c + 1.
+        """
+        ...
+
+    def mma_int8(self, a: Sequence[Word], b: Sequence[Word], c: Sequence[Word]) -> list[Word]:
+        """One warp's product ``A [16, 32] . B [32, 8] + C [16, 8]`` of int8, ``mma.m16n8k32`` of PTX.
+
+        Args:
+          a: four times four int8: lane ``4 g + c`` holds rows g, g + 8, g, g + 8 at columns 4 c to
+            4 c + 3, the last two 16 columns further on.
+          b: twice four: column g at rows 4 c to 4 c + 3, the second 16 rows further on.
+          c: four int32, placed as those of :meth:`mma`.
         """
         ...

@@ -38,7 +38,7 @@ def launch(
       out: shape and float dtype of the output.
       grid: blocks along each axis.
       threads: of a block; a multiple of 128, whole warpgroups.
-      shared: float32 of shared memory.
+      shared: words of shared memory.
       name: what profilers call the kernel.
     """
 
@@ -58,7 +58,7 @@ def launch(
         grid_names=("block",),
         num_threads=threads // 128,
         thread_name="warpgroup",
-        scratch_types=(plgpu.SMEM((shared,), jnp.float32),),
+        scratch_types=(plgpu.SMEM((shared,), jnp.uint32),),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     return kernel(*operands)
@@ -119,6 +119,10 @@ class MosaicWord:
     def __or__(self, other: "MosaicWord | int") -> "MosaicWord":
         """Bits of either."""
         return self._with(arith.ori, other)
+
+    def __xor__(self, other: "MosaicWord | int") -> "MosaicWord":
+        """Bits of one alone."""
+        return self._with(arith.xori, other)
 
     def __lshift__(self, other: "MosaicWord | int") -> "MosaicWord":
         """Towards the high bits."""
@@ -181,7 +185,7 @@ class MosaicMachine:
         """Begins to emit at MLIR's current place.
 
         Args:
-          shared: memref of the block's float32 shared memory.
+          shared: memref of the block's shared memory, of words.
           grid: blocks along each axis; the launch has them in one row, the second axis fastest, so that
             blocks of the same weights run at the same time.
         """
@@ -205,20 +209,28 @@ class MosaicMachine:
             llvm.store(rounded, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
             scf.yield_([])
 
+    def real_at(self, array: ir.Value, index: MosaicWord) -> ir.Value:
+        """One load, and what makes a float32 of it."""
+        dtype = ir.MemRefType(array.type).element_type
+        size = 4 if dtype == _f32() else 2
+        address = arith.addi(_address(array), _bytes(index, size))
+        value = llvm.load(dtype, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
+        return value if dtype == _f32() else arith.extf(_f32(), value)
+
     def _shared_place(self, index: MosaicWord) -> ir.Value:
         dynamic = -(2**31)  # MLIR's mark for an index that is a value
         none = llvm.GEPNoWrapFlags.none
         return llvm.getelementptr(
-            self._shared.type, self._shared, [index.value], [dynamic], _f32(), none
+            self._shared.type, self._shared, [index.value], [dynamic], _i32(), none
         )
 
-    def shared_store(self, index: MosaicWord, value: ir.Value) -> None:
+    def shared_store(self, index: MosaicWord, value: MosaicWord) -> None:
         """One store."""
-        llvm.store(value, self._shared_place(index))
+        llvm.store(value.value, self._shared_place(index))
 
-    def shared_load(self, index: MosaicWord) -> ir.Value:
+    def shared_load(self, index: MosaicWord) -> MosaicWord:
         """One load."""
-        return llvm.load(_f32(), self._shared_place(index))
+        return MosaicWord(llvm.load(_i32(), self._shared_place(index)))
 
     def barrier(self) -> None:
         """Of all threads of the block."""
@@ -258,16 +270,42 @@ class MosaicMachine:
         """The sum."""
         return arith.addf(a, b)
 
+    def times(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The product."""
+        return arith.mulf(a, b)
+
+    def as_word(self, value: ir.Value) -> MosaicWord:
+        """No instruction."""
+        return MosaicWord(arith.bitcast(_i32(), value))
+
+    def as_real(self, bits: MosaicWord) -> ir.Value:
+        """No instruction."""
+        return arith.bitcast(_f32(), bits.value)
+
+    def rounded(self, integer: MosaicWord) -> ir.Value:
+        """One conversion."""
+        return arith.sitofp(_f32(), integer.value)
+
     def half_pair_minus(self, half: Half, a: MosaicWord, b: MosaicWord) -> MosaicWord:
         """One instruction for the pair."""
         text = f"sub.rn.{_PTX_HALF[half]}x2 $0, $1, $2;"
         return MosaicWord(_asm(_i32(), [a.value, b.value], text, "=r,r,r"))
 
-    def twice(self, pair: MosaicWord, which: str) -> MosaicWord:
+    def bytes_of(self, a: MosaicWord, b: MosaicWord, places: int) -> MosaicWord:
         """A permutation of bytes."""
-        selector = "0x1010" if which == "low" else "0x3232"
-        text = f"prmt.b32 $0, $1, $1, {selector};"
-        return MosaicWord(_asm(_i32(), [pair.value], text, "=r,r"))
+        text = f"prmt.b32 $0, $1, $2, {places:#06x};"
+        return MosaicWord(_asm(_i32(), [a.value, b.value], text, "=r,r,r"))
+
+    def lifted(self, word: MosaicWord, mask: int, unit: MosaicWord) -> MosaicWord:
+        """The assembler makes two of it when it knows both constants: so one is hidden in a register."""
+        text = f"lop3.b32 $0, $1, {mask:#x}, $2, 0xea;"
+        return MosaicWord(_asm(_i32(), [word.value, unit.value], text, "=r,r,r"))
+
+    def e4m3_as_half(self, word: MosaicWord, which: str) -> MosaicWord:
+        """One conversion."""
+        names = "{lo, hi}"
+        text = f"{{ .reg .b16 lo, hi; mov.b32 {names}, $1; cvt.rn.f16x2.e4m3x2 $0, {which[:2]}; }}"
+        return MosaicWord(_asm(_i32(), [word.value], text, "=r,r"))
 
     def half_as_real(self, half: Half, pair: MosaicWord, which: str) -> ir.Value:
         """A shift for bfloat16, a conversion for float16."""
@@ -291,6 +329,19 @@ class MosaicMachine:
         result = llvm.StructType.get_literal([_f32()] * 4)
         out = _asm(result, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
         return [llvm.extractvalue(_f32(), out, [i]) for i in range(4)]
+
+    def mma_int8(
+        self, a: Sequence[MosaicWord], b: Sequence[MosaicWord], c: Sequence[MosaicWord]
+    ) -> list[MosaicWord]:
+        """One tensor-core instruction."""
+        text = (
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        result = llvm.StructType.get_literal([_i32()] * 4)
+        operands = [word.value for word in (*a, *b, *c)]
+        out = _asm(result, operands, text, ",".join(["=r"] * 4 + ["r"] * 10))
+        return [MosaicWord(llvm.extractvalue(_i32(), out, [i])) for i in range(4)]
 
 
 def _raw(value: Any) -> ir.Value:

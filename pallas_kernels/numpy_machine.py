@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt32
+from jaxtyping import Float32, Shaped, UInt8, UInt32
 
 from pallas_kernels.machine import Half
 
@@ -31,7 +31,7 @@ def run(
       program: a kernel; global arrays are numpy arrays that it closes over.
       grid: blocks along each axis.
       threads: of a block; whole warps.
-      shared: float32 of shared memory.
+      shared: words of shared memory.
     """
     for y in range(grid[1]):
         for x in range(grid[0]):
@@ -69,12 +69,13 @@ class NumpyMachine:
     """One block of threads; see :class:`pallas_kernels.machine.Machine`."""
 
     def __init__(self, *, threads: int, block: tuple[int, int], shared: int):
-        """A block whose shared memory holds NaN until it is written."""
+        """A block whose shared memory nobody has written."""
         self.thread = np.arange(threads, dtype=np.uint32)
         self.warp = self.thread // np.uint32(32)
         self.block = (self.word(block[0]), self.word(block[1]))
         self.active = np.ones(threads, bool)
-        self._shared = np.full(shared, np.nan, np.float32)
+        self._shared = np.zeros(shared, np.uint32)
+        self._written = np.zeros(shared, bool)
         self._writers: dict[int, int] = {}
 
     def pointer(self, array: np.ndarray, word: Words) -> NumpyPointer:
@@ -93,7 +94,13 @@ class NumpyMachine:
             raise ValueError("a place is stored to twice; the output must begin as NaN")
         flat[places] = value[where].astype(array.dtype)
 
-    def shared_store(self, index: Words, value: Reals) -> None:
+    def real_at(self, array: np.ndarray, index: Words) -> Reals:
+        """Reads; refuses places outside the array."""
+        if index.max() >= array.size:
+            raise IndexError(f"element {index.max()} of an array of {array.size}")
+        return array.reshape(-1)[index].astype(np.float32)
+
+    def shared_store(self, index: Words, value: Words) -> None:
         """Writes; refuses places that another thread has written since the last barrier."""
         for place, thread in zip(index.tolist(), self.thread.tolist(), strict=True):
             if self._writers.setdefault(place, thread) != thread:
@@ -101,15 +108,15 @@ class NumpyMachine:
                     f"threads {self._writers[place]} and {thread} race for word {place}"
                 )
         self._shared[index] = value
+        self._written[index] = True
 
-    def shared_load(self, index: Words) -> Reals:
+    def shared_load(self, index: Words) -> Words:
         """Reads; refuses what was written since the last barrier, or never."""
         if self._writers.keys() & set(index.tolist()):
             raise ValueError("shared memory is read without a barrier after it was written")
-        values = self._shared[index]
-        if np.isnan(values).any():
+        if not self._written[index].all():
             raise ValueError("shared memory is read that nobody has written")
-        return values
+        return self._shared[index]
 
     def barrier(self) -> None:
         """Makes writes visible."""
@@ -153,15 +160,41 @@ class NumpyMachine:
         """The sum."""
         return a + b
 
+    def times(self, a: Reals, b: Reals) -> Reals:
+        """The product."""
+        return a * b
+
+    def as_word(self, value: Reals) -> Words:
+        """The same bits."""
+        return value.view(np.uint32)
+
+    def as_real(self, bits: Words) -> Reals:
+        """The same bits."""
+        return bits.view(np.float32)
+
+    def rounded(self, integer: Words) -> Reals:
+        """To the nearest."""
+        return integer.view(np.int32).astype(np.float32)
+
     def half_pair_minus(self, half: Half, a: Words, b: Words) -> Words:
         """Pair by pair."""
         wide = _halves(half, a).astype(np.float32) - _halves(half, b).astype(np.float32)
         return _joined(half, wide)
 
-    def twice(self, pair: Words, which: str) -> Words:
-        """Low or high half, in both."""
-        one = pair & np.uint32(0xFFFF) if which == "low" else pair >> np.uint32(16)
-        return one | (one << np.uint32(16))
+    def bytes_of(self, a: Words, b: Words, places: int) -> Words:
+        """Gathers them."""
+        given = np.concatenate([_bytes(a), _bytes(b)], axis=-1)
+        chosen = given[:, [places >> 4 * i & 7 for i in range(4)]]
+        return np.ascontiguousarray(chosen).view(np.uint32).reshape(-1)
+
+    def lifted(self, word: Words, mask: int, unit: Words) -> Words:
+        """Bit by bit."""
+        return word & np.uint32(mask) | unit
+
+    def e4m3_as_half(self, word: Words, which: str) -> Words:
+        """Every value is one of float16 too."""
+        values = _bytes(word).view(jnp.float8_e4m3fn).astype(np.float32)
+        return _joined("float16", values[:, :2] if which == "low" else values[:, 2:])
 
     def half_as_real(self, half: Half, pair: Words, which: str) -> Reals:
         """Low or high half."""
@@ -170,23 +203,41 @@ class NumpyMachine:
     def mma(
         self, half: Half, a: Sequence[Words], b: Sequence[Words], c: Sequence[Reals]
     ) -> list[Reals]:
-        """Gathers the fragments of each warp, multiplies, scatters the result."""
+        """Products of float32 matrices."""
+        left, right = ([_halves(half, w).astype(np.float32) for w in words] for words in (a, b))
+        return self._multiplied(left, right, c, np.float32)
+
+    def mma_int8(self, a: Sequence[Words], b: Sequence[Words], c: Sequence[Words]) -> list[Words]:
+        """Products of integers; a sum beyond int32 wraps, as it does on the device."""
+        left, right = ([_bytes(w).view(np.int8).astype(np.int32) for w in ws] for ws in (a, b))
+        return self._multiplied(left, right, c, np.uint32)
+
+    def _multiplied(
+        self, a: Sequence[np.ndarray], b: Sequence[np.ndarray], c: Sequence[Any], dtype: Any
+    ) -> list[Any]:
+        """Gathers the fragments of each warp, multiplies, scatters the result.
+
+        A fragment's words hold ``run`` neighbours along the summed axis: 2 halves or 4 bytes.
+        """
         lane = self.thread.astype(np.int64) % 32
         warp, g, quad = self.warp.astype(np.int64), lane // 4, lane % 4
-        warps = len(lane) // 32
-        left = np.empty((warps, 16, 16), np.float32)
-        right = np.empty((warps, 16, 8), np.float32)
-        total = np.empty((warps, 16, 8), np.float32)
-        for i in range(4):
-            for e in range(2):
-                left[warp, g + 8 * (i % 2), 2 * quad + e + 8 * (i // 2)] = _halves(half, a[i])[:, e]
-        for i in range(2):
-            for e in range(2):
-                right[warp, 2 * quad + e + 8 * i, g] = _halves(half, b[i])[:, e]
+        warps, run = len(lane) // 32, a[0].shape[-1]
+        left = np.empty((warps, 16, 8 * run), a[0].dtype)
+        right = np.empty((warps, 8 * run, 8), b[0].dtype)
+        total = np.empty((warps, 16, 8), dtype)
+        for e in range(run):
+            for i in range(4):
+                left[warp, g + 8 * (i % 2), run * quad + e + 4 * run * (i // 2)] = a[i][:, e]
+            for i in range(2):
+                right[warp, run * quad + e + 4 * run * i, g] = b[i][:, e]
         for i in range(4):
             total[warp, g + 8 * (i // 2), 2 * quad + i % 2] = c[i]
-        total = total + left @ right
+        total = total + (left @ right).astype(dtype)
         return [total[warp, g + 8 * (i // 2), 2 * quad + i % 2] for i in range(4)]
+
+
+def _bytes(word: Words) -> UInt8[np.ndarray, "threads 4"]:
+    return np.ascontiguousarray(word).view(np.uint8).reshape(-1, 4)
 
 
 def _halves(half: Half, pair: Words) -> Shaped[np.ndarray, "threads 2"]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import device, int4_matmul
+from pallas_kernels import device, few_tokens
 from qjax import qtensor
 from qjax.qtensor import QTensor
 
@@ -87,7 +87,7 @@ def product(x: Float[Array, "*batch k"], w: QTensor, dtype: Any) -> Float[Array,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _int4_product(x: Float[Array, "m k"], w: QTensor, dtype: Any) -> Float[Array, "m n"]:
     def kernel(x, w):
-        return int4_matmul.int4_matmul(x, w.codes, w.scale, w.zero, out_dtype=dtype)
+        return few_tokens.few_tokens(x, w.codes, w.scale, w.zero, weights="int4", out_dtype=dtype)
 
     batchable: Any = jax.custom_batching.custom_vmap(kernel)
 

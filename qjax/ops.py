@@ -16,7 +16,7 @@ any                in groups (fp8-block, mx)   ``dot(dequantize(x), dequantize(w
 groups, on a GPU   as they are, few rows       ``sum(dot(x, codes) by group * scale)``: `few_rows`
 =================  ==========================  =====================================================
 
-int4 weights that :func:`qjax.prepare` has arranged for it go through :mod:`pallas_kernels.int4_matmul`
+int4 weights that :func:`qjax.prepare` has arranged for it go through :mod:`pallas_kernels.few_tokens`
 instead, on a Hopper GPU, in products of at most 64 rows of the scales' 16-bit dtype
 (:func:`qjax.kernel_products.why_not`). All others go through XLA, in the arrangement of the table: above
 64 rows arithmetic, not reading the weights, takes the time.
@@ -240,7 +240,7 @@ def form(w: Any) -> str:
     if device.is_hopper() and qtensor.why_no_kernel(w) is None:
         once = "" if w.layout else " once prepared"
         rows = kernel_products.MOST_ROWS
-        return f"pallas: int4_matmul up to {rows} rows{once}, then xla: dequantize, then dot"
+        return f"pallas: few_tokens up to {rows} rows{once}, then xla: dequantize, then dot"
     if scheme is None:
         if whole:
             return "xla: dot of codes, then scale"

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import int4_matmul, packing, row_blocks
+from pallas_kernels import few_tokens, few_tokens_product, packing, row_blocks
 from pallas_kernels.machine import Half
 from qjax import formats, tiles
 from qjax.formats import Format
@@ -296,7 +296,10 @@ def why_no_kernel(q: QTensor) -> str | None:
     half = q.layout.half if q.layout else q.scale.dtype
     if q.tile[1] != 1 and n != 1:
         return f"scales must be per output, these are for tiles of {q.tile}"
-    return int4_matmul.why_not(1, k, n, q.group_size, half)
+    return few_tokens_product.why_not(
+        1, k, n, weights="int4", tokens=str(half), group_size=q.group_size,
+        has_zeros=q.zero is not None,
+    )  # fmt: skip
 
 
 def for_kernel(q: QTensor) -> QTensor:
@@ -316,7 +319,7 @@ def for_kernel(q: QTensor) -> QTensor:
     result = q.replaced(
         codes=row_blocks.tile_codes(q.codes),
         scale=row_blocks.tile_pairs(q.scale),
-        zero=None if q.zero is None else int4_matmul.pack_zeros(q.zero, half),
+        zero=None if q.zero is None else few_tokens.pack_zeros(q.zero, half, "int4"),
     )
     result.layout = KernelLayout(half=half)
     return result
@@ -330,7 +333,7 @@ def plain(q: QTensor) -> QTensor:
     result = q.replaced(
         codes=row_blocks.untile_codes(q.codes).astype(q.format.storage),
         scale=row_blocks.untile_pairs(q.scale, jnp.dtype(half)),
-        zero=None if q.zero is None else int4_matmul.unpack_zeros(q.zero, half),
+        zero=None if q.zero is None else few_tokens.unpack_zeros(q.zero, half, "int4"),
     )
     result.layout = None
     return result

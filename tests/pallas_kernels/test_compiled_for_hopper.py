@@ -4,89 +4,73 @@
 Needs JAX's CUDA plugin and NVIDIA's assembler and disassembler, which need no GPU (the `aot` extra).
 """
 
-import importlib.util
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
 
-from pallas_kernels import int4_matmul
+import compile_for_hopper
+from pallas_kernels import few_tokens_product as products
 
-PROGRAM = Path(__file__).with_name("compile_for_hopper.py")
-
-
-def _folder_of(tool: str) -> Path | None:
-    """Where an NVIDIA program lies: on the PATH, or in the packages that carry it."""
-    if found := shutil.which(tool):
-        return Path(found).parent
-    for root in map(Path, sys.path):
-        for package in ("nvidia/cu13/bin", "triton/backends/nvidia/bin"):
-            if (root / package / tool).is_file():
-                return root / package
-    return None
-
-
-TOOLS = {tool: _folder_of(tool) for tool in ("ptxas", "nvdisasm")}
+E4M3 = "float8_e4m3fn"
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None or None in TOOLS.values(),
-    reason="needs jax-cuda13-plugin, jax-cuda13-pjrt, ptxas and nvdisasm",
+    compile_for_hopper.why_not() is not None, reason=str(compile_for_hopper.why_not())
 )
 
 
-def compiled(tmp_path: Path, cases: list[dict]) -> list[str]:
-    """What the assembler and the disassembler say of each case; a process of its own dumps it."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for tool, folder in TOOLS.items():
-        assert folder is not None
-        (tools / tool).symlink_to(folder / tool)
-    environment = os.environ | {
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "MOSAIC_GPU_DUMP_SASS": "1",
-        "PYTHONPATH": ":".join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, PROGRAM], input=json.dumps(cases), capture_output=True, text=True,
-        env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return re.split(r"^=== case \d+\n", done.stdout, flags=re.M)[1:]
-
-
-def case(m: int, k: int, n: int, **choices) -> dict:
-    return {"m": m, "k": k, "n": n, "group": 128, "half": "bfloat16", "asymmetric": False} | choices
+def case(m: int, k: int, n: int, *, extra: bool = False, **choices) -> dict:
+    product = {"group_size": 128, "weights": "int4", "tokens": "bfloat16"}
+    return product | {"m": m, "k": k, "n": n, "extra": extra} | choices
 
 
 def tuned() -> list[dict]:
-    table = json.loads(Path(int4_matmul.__file__).with_name("int4_matmul.json").read_text())
-    entries = [entry for device in table["devices"].values() for entry in device]
-    return [case(e["m"], e["k"], e["n"], config=e["config"]) for e in entries]
+    entries = [entry for device in products.tuned().values() for entry in device]
+    return [
+        vars(products.product_of(entry)) | {"config": entry["config"], "extra": False}
+        for entry in entries
+    ]
 
 
-VARIANTS = [
-    case(16, 4096, 4096, group=group, half=half, asymmetric=asymmetric)
+INT4 = [
+    case(16, 4096, 4096, group_size=group, tokens=half, has_zeros=asymmetric)
     for group in (32, 64, 128, None)
     for half in ("bfloat16", "float16")
     for asymmetric in (False, True)
 ]
+BYTES = [
+    case(16, 4096, 4096, group_size=group, tokens=half, weights=weights, has_zeros=asymmetric)
+    for group in (32, 128, None)
+    for half in ("bfloat16", "float16")
+    for weights, asymmetric in (("int8", False), ("int8", True), (E4M3, False))
+]
+BYTE_TOKENS = [
+    case(16, 4096, 4096, group_size=group, tokens=weights, weights=weights, extra=extra)
+    for weights, group in (("int8", None), (E4M3, None), (E4M3, 128))
+    for extra in (False, True)
+]
+# The default configurations of every kind, at the numbers of tokens that take most registers.
+MANY = [
+    case(m, k, n, group_size=group, tokens=tokens, weights=weights)
+    for m in (1, 32)
+    for k, n in ((4096, 28672), (14336, 4096))
+    for weights, tokens, group in (
+        ("int4", "bfloat16", 128), ("int8", "bfloat16", 128), ("int8", "float16", None), ("int8", "int8", None),
+        (E4M3, "bfloat16", 128), (E4M3, "float16", None), (E4M3, E4M3, None), (E4M3, E4M3, 128),
+    )
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("cases", [tuned(), VARIANTS], ids=["tuned", "variants"])
-def test_no_spill_and_tensor_cores(tmp_path, cases):
-    reports = compiled(tmp_path, cases)
+@pytest.mark.parametrize(
+    "cases",
+    [tuned(), INT4, BYTES, BYTE_TOKENS, MANY],
+    ids=["tuned", "int4", "bytes", "byte tokens", "many"],
+)
+def test_no_spill_and_tensor_cores(cases):
+    reports = compile_for_hopper.reports(cases)
     assert len(reports) == len(cases)
     for one, report in zip(cases, reports, strict=True):
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, one
-        assert "HMMA.16816.F32" in report and "LDG.E.128" in report, one
+        assert compile_for_hopper.NO_SPILL in report, one
+        whole = one["tokens"] == "int8"
+        assert ("IMMA.16832.S8.S8" if whole else "HMMA.16816.F32") in report, one
+        assert "LDG.E.128" in report, one
         assert "LDL" not in report and "STL" not in report, one
 
 

@@ -26,15 +26,15 @@ def test_vectors_that_are_not_aligned(machine):
 
 def test_two_threads_write_one_place(machine):
     with pytest.raises(ValueError, match="threads 0 and 1 race for word 0"):
-        machine.shared_store(machine.thread // 2, machine.real(1.0))
+        machine.shared_store(machine.thread // 2, machine.word(1))
 
 
 def test_reading_without_a_barrier(machine):
-    machine.shared_store(machine.thread, machine.real(1.0))
+    machine.shared_store(machine.thread, machine.word(1))
     with pytest.raises(ValueError, match="without a barrier"):
         machine.shared_load(machine.thread)
     machine.barrier()
-    assert machine.shared_load(machine.thread).tolist() == [1.0] * 32
+    assert machine.shared_load(machine.thread).tolist() == [1] * 32
     with pytest.raises(ValueError, match="nobody has written"):
         machine.shared_load(machine.thread + 1)
 
@@ -76,6 +76,45 @@ def test_mma_is_a_matrix_product(machine, half, rng):
     product = a @ b + c
     for i, part in enumerate(machine.mma(half, left, right, sums)):
         np.testing.assert_array_equal(part, product[g + 8 * (i // 2), 2 * quad + i % 2])
+
+
+def test_mma_int8_is_a_product_of_integers(machine, rng):
+    a, b = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((16, 32), (32, 8)))
+    c = rng.integers(-(2**20), 2**20, (16, 8)).astype(np.int32)
+    g, quad = np.arange(32) // 4, np.arange(32) % 4
+
+    def word(rows):
+        return np.ascontiguousarray(rows).view(np.uint32).reshape(-1)
+
+    run = np.arange(4)
+    left = [
+        word(a[g[:, None] + 8 * (i % 2), 4 * quad[:, None] + run + 16 * (i // 2)]) for i in range(4)
+    ]
+    right = [word(b[4 * quad[:, None] + run + 16 * i, g[:, None]]) for i in range(2)]
+    places = [(g + 8 * (i // 2), 2 * quad + i % 2) for i in range(4)]
+    product = a.astype(np.int32) @ b.astype(np.int32) + c
+    parts = machine.mma_int8(left, right, [c[place].view(np.uint32) for place in places])
+    for place, part in zip(places, parts, strict=True):
+        np.testing.assert_array_equal(part.view(np.int32), product[place])
+        np.testing.assert_array_equal(machine.rounded(part), product[place].astype(np.float32))
+
+
+def test_words_taken_apart(machine):
+    a, b = machine.word(0x33221100), machine.word(0x77665544)
+    assert machine.bytes_of(a, b, 0x7210)[0] == 0x77221100
+    assert machine.bytes_of(a, b, 0x5150)[0] == 0x55115500
+    assert machine.lifted(a, 0x000F000F, machine.word(0x43004300))[0] == 0x43024300
+    pair = machine.e4m3_as_half(machine.word(0x01C03808), "low")  # 2**-6, 1, -2, 2**-9
+    assert machine.half_as_real("float16", pair, "low")[0] == 2.0**-6
+    assert machine.half_as_real("float16", pair, "high")[0] == 1
+    high = machine.e4m3_as_half(machine.word(0x01C03808), "high")
+    assert machine.half_as_real("float16", high, "low")[0] == -2
+    assert machine.half_as_real("float16", high, "high")[0] == 2.0**-9
+
+
+def test_elements_outside_an_array(machine):
+    with pytest.raises(IndexError, match="element 31 of an array of 31"):
+        machine.real_at(np.zeros(31, np.float16), machine.thread)
 
 
 def test_every_block_of_a_grid_runs():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout that weights stream in: reversible, and where its docstring says."""
+"""The layouts that weights stream in: reversible, and where their docstring says."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +34,29 @@ def test_round_trip(rng, dtype, layers):
     np.testing.assert_array_equal(row_blocks.untile_codes(words), codes.astype(jnp.int8))
 
 
+def test_every_byte_lies_where_the_formula_says(rng):
+    codes = rng.integers(-128, 128, (192, 48)).astype(np.int8)
+    words = np.asarray(row_blocks.tile_bytes(jnp.asarray(codes)))
+    assert words.shape == (3, 3, 2, 32, 4)
+    for output in range(48):
+        b, r, g = output // 16, output // 8 % 2, output % 8
+        for k in range(192):
+            t, c, s, p, e = k // 64, k // 16 % 4, k // 8 % 2, k // 4 % 2, k % 4
+            word = int(words[b, t, s, 4 * g + c, 2 * p + r])
+            assert (word >> 8 * e) % 256 == int(codes[k, output]) % 256
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("layers", [(), (2,), (2, 3)])
+def test_bytes_round_trip(rng, dtype, layers):
+    bits = rng.integers(0, 256, (*layers, 128, 32), dtype=np.uint8)  # NaN too
+    words = row_blocks.tile_bytes(jnp.asarray(bits.view(dtype)))
+    assert words.shape == (*layers, 2, 2, 2, 32, 4) and words.dtype == jnp.uint32
+    back = row_blocks.untile_bytes(words, dtype)
+    assert back.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(back).view(np.uint8), bits)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("layers", [(), (2,)])
 def test_pairs_round_trip(rng, dtype, layers):
@@ -55,3 +78,5 @@ def test_whole_blocks_only(shape):
     assert not row_blocks.fits(*shape)
     with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} weights"):
         row_blocks.tile_codes(jnp.zeros(shape, jnp.int8))
+    with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} weights"):
+        row_blocks.tile_bytes(jnp.zeros(shape, jnp.int8))

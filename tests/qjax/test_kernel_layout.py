@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import qjax
-from pallas_kernels import device, int4_matmul
+from pallas_kernels import device, few_tokens
 from qjax import kernel_products, ops, qtensor
 
 TAKEN = ["w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w4a16-channel", "w4a16-channel-asym"]
@@ -33,19 +33,21 @@ def hopper(monkeypatch):
     monkeypatch.setattr(device, "is_hopper", lambda: True)
     launched = []
 
-    def interpreted(x, words, scale, zero=None, *, out_dtype=None):
+    def interpreted(x, words, scale, zero=None, *, weights, out_dtype=None):
         launched.append(x.shape)
         shape = jax.ShapeDtypeStruct((x.shape[0], words.shape[0] * 16), out_dtype or x.dtype)
         operands = (x, words, scale) + (() if zero is None else (zero,))
         kernel = original
 
         def run(*operands):
-            return np.asarray(kernel(*operands, out_dtype=out_dtype, interpret=True))
+            return np.asarray(
+                kernel(*operands, weights=weights, out_dtype=out_dtype, interpret=True)
+            )
 
         return jax.pure_callback(run, shape, *operands, vmap_method="sequential")
 
-    original = int4_matmul.int4_matmul
-    monkeypatch.setattr(int4_matmul, "int4_matmul", interpreted)
+    original = few_tokens.few_tokens
+    monkeypatch.setattr(few_tokens, "few_tokens", interpreted)
     return launched
 
 
@@ -181,4 +183,4 @@ def test_a_prepared_model_computes_the_same(hopper, rng):
     x = jnp.asarray(rng.standard_normal((2, 128)), jnp.bfloat16)
     np.testing.assert_allclose(prepared(x), quantized(x), rtol=0.02, atol=0.02)
     assert hopper == [(2, 128)]
-    assert "pallas: int4_matmul" in ops.form(prepared.layers[0].kernel[...])
+    assert "pallas: few_tokens" in ops.form(prepared.layers[0].kernel[...])

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile products of few tokens down to machine code for an H200, on a machine without a GPU.
+
+Needs JAX's CUDA plugin and NVIDIA's assembler and disassembler, none of which needs a GPU. Reads a JSON
+list of cases from standard input: fields of :class:`pallas_kernels.few_tokens_product.Product`, "config"
+(else the tuned one) and "extra" (whether with bias and residual). Prints what the assembler and the
+disassembler say of each, after a line "=== case NUMBER".
+
+Example:
+  echo '[{"m": 1, "k": 4096, "n": 4096, "group_size": 128}]' | python scripts/compile_for_hopper.py
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.few_tokens import few_tokens
+from pallas_kernels.few_tokens_product import Config, Product, config_for
+
+# What XLA needs to know of the device; figures of NVIDIA's data sheet and
+# of `cudaGetDeviceProperties`.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
+  device_memory_size: 151397597184 device_address_bits: 64 ecc_enabled: true
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H200" driver_version: "13.0.0"
+  runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+NO_SPILL = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+
+
+def why_not() -> str | None:
+    """What is missing to compile here; None if nothing is."""
+    missing = [tool for tool, folder in _tools().items() if folder is None]
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        missing.append("jax-cuda13-plugin and jax-cuda13-pjrt")
+    return f"needs {', '.join(missing)}" if missing else None
+
+
+def reports(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """What the assembler and the disassembler say of each case; a process of its own compiles them.
+
+    Raises:
+      RuntimeError: a case does not compile.
+    """
+    with tempfile.TemporaryDirectory() as tools:
+        for tool, folder in _tools().items():
+            assert folder is not None, "see why_not"
+            Path(tools, tool).symlink_to(folder / tool)
+        environment = os.environ | {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+            "MOSAIC_GPU_DUMP_SASS": "1",
+            "PYTHONPATH": ":".join(sys.path),
+        }
+        done = subprocess.run(
+            [sys.executable, __file__], input=json.dumps(cases), capture_output=True, text=True,
+            env=environment, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return re.split(r"^=== case \d+\n", done.stdout, flags=re.M)[1:]
+
+
+def _tools() -> dict[str, Path | None]:
+    return {tool: _folder_of(tool) for tool in ("ptxas", "nvdisasm")}
+
+
+def _folder_of(tool: str) -> Path | None:
+    """Where an NVIDIA program lies: on the PATH, or in the packages that carry it."""
+    if found := shutil.which(tool):
+        return Path(found).parent
+    for root in map(Path, sys.path):
+        for package in ("nvidia/cu13/bin", "triton/backends/nvidia/bin"):
+            if (root / package / tool).is_file():
+                return root / package
+    return None
+
+
+def _compile(cases: Sequence[dict[str, Any]]) -> None:
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def shape(dimensions: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dimensions, dtype, sharding=sharding)
+
+    for number, case in enumerate(cases):
+        fields = {key: value for key, value in case.items() if key not in ("extra", "config")}
+        product = Product(**fields)
+        config = Config(**case["config"]) if "config" in case else None
+        config = config or config_for(product, "NVIDIA H200")
+        arrays, options = _operands(product, shape, extra=case.get("extra", False))
+
+        def multiply(arrays, options, config=config, weights=product.weights):
+            return few_tokens(*arrays, **options, weights=weights, config=config)
+
+        print(f"=== case {number}", flush=True)
+        jax.jit(multiply).lower(arrays, options).compile()
+
+
+def _operands(
+    product: Product, shape: Callable[..., Any], *, extra: bool
+) -> tuple[list[Any], dict[str, Any]]:
+    """Shapes of what a product is computed from: positional arguments, and those with a name."""
+    m, k, n = product.m, product.k, product.n
+    blocks = (n // 16, k // 64, *(() if product.weights == "int4" else (2,)), 32, 4)
+    arrays = [shape((m, k), product.tokens), shape(blocks, jnp.uint32)]
+    options = {}
+    if product.has_half_tokens:
+        arrays += [shape((n // 16, product.groups, 8), jnp.uint32)] * (1 + product.has_zeros)
+    elif product.has_blocks:
+        arrays.append(shape((k // 128, -(-n // 128)), jnp.float32))
+        options["token_scale"] = shape((m, k // 128), jnp.float32)
+    else:
+        arrays.append(shape((n,), jnp.bfloat16))
+        options["token_scale"] = shape((m,), jnp.float32)
+    if extra:
+        options |= {"bias": shape((n,), jnp.bfloat16), "residual": shape((m, n), jnp.float32)}
+    return arrays, options
+
+
+def main() -> None:
+    """Compiles what standard input asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.parse_args()
+    _compile(json.load(sys.stdin))
+
+
+if __name__ == "__main__":
+    main()
