@@ -5,14 +5,16 @@
 """
 
 import functools
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import device, few_tokens
-from qjax import qtensor
+from pallas_kernels.operands import Weights
+from qjax import activations, qtensor
 from qjax.qtensor import QTensor
 
 MOST_ROWS = 64  # of activations; above, reading the weights is no longer what takes the time
@@ -61,59 +63,76 @@ def why_not(x: Any, w: Any, numbers: Any) -> str | None:
     if w.ndim != 2 or batch or tuple(w_axes) != (0,) or tuple(x_axes) != (x.ndim - 1,):
         return "it computes x [..., k] . w [k, n] only"
     assert w.layout is not None
-    if str(x.dtype) != w.layout.half:
-        return f"activations are {x.dtype}, the scales are {w.layout.half}"
+    if w.activations is None and str(x.dtype) != w.layout.tokens:
+        return f"activations are {x.dtype}, the scales are {w.layout.tokens}"
     rows = x.size // x.shape[-1] if x.size else 0
     if not 1 <= rows <= MOST_ROWS:
         return f"{rows} rows of activations, it is for 1 to {MOST_ROWS}"
     return None
 
 
-def product(x: Float[Array, "*batch k"], w: QTensor, dtype: Any) -> Float[Array, "*batch n"]:
-    """``x @ w`` through the kernel.
+def product(
+    x: Float[Array, "*batch k"], w: QTensor, dtype: Any, *, many: Callable[..., Array]
+) -> Float[Array, "*batch n"]:
+    """``x @ w`` through the kernel; activations that the weight wants quantized are quantized before it.
 
     Under vmap over activations their batch joins the rows; with a batch of weights one product follows
-    the other. Gradients flow to ``x``; the arranged scales are bits and have none.
+    the other. Gradients flow to ``x``, straight through its rounding; the arranged scales have none.
 
     Args:
       x: activations that :func:`why_not` accepts.
       w: weight, arranged.
       dtype: of the result.
+      many: ``many(x, w, dtype)`` computes the product of more rows than the kernel is for.
     """
-    y: Array = _int4_product(x.reshape(-1, x.shape[-1]), w, dtype)
+    y: Array = _product(x.reshape(-1, x.shape[-1]), w, dtype, many)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _int4_product(x: Float[Array, "m k"], w: QTensor, dtype: Any) -> Float[Array, "m n"]:
-    def kernel(x, w):
-        return few_tokens.few_tokens(x, w.codes, w.scale, w.zero, weights="int4", out_dtype=dtype)
-
-    batchable: Any = jax.custom_batching.custom_vmap(kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(
+    x: Float[Array, "m k"], w: QTensor, dtype: Any, many: Callable[..., Array]
+) -> Float[Array, "m n"]:
+    batchable: Any = jax.custom_batching.custom_vmap(functools.partial(_launched, dtype=dtype))
 
     def batched(size: int, is_batched: Any, x: Any, w: Any):
         if any(jax.tree.leaves(is_batched[1])):
             one = (lambda pair: batchable(*pair)) if is_batched[0] else (lambda w: batchable(x, w))
             return jax.lax.map(one, (x, w) if is_batched[0] else w), True
-        if size * x.shape[1] > MOST_ROWS:
-            dense = qtensor.dequantize(w, x.dtype)
-            return jnp.matmul(x, dense, preferred_element_type=jnp.float32).astype(dtype), True
-        return batchable(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1), True
+        rows = x.reshape(-1, x.shape[-1])
+        y = many(rows, w, dtype) if len(rows) > MOST_ROWS else batchable(rows, w)
+        return y.reshape(*x.shape[:-1], -1), True
 
     batchable.def_vmap(batched)
     return batchable(x, w)
 
 
-def _forward(x, w, dtype):
-    return _int4_product(x, w, dtype), (x, w)
+def _launched(x: Float[Array, "m k"], w: QTensor, *, dtype: Any) -> Float[Array, "m n"]:
+    """The kernel itself."""
+    weights = cast(Weights, w.format.storage)
+    if w.activations is None:
+        return few_tokens.few_tokens(
+            x, w.codes, w.scale, w.zero, weights=weights, out_dtype=dtype
+        )  # fmt: skip
+    quantized = activations.quantize(x, w.activations, (-1,))
+    scale, token_scale = w.scale, quantized.scale
+    if w.group_size is None:
+        scale, token_scale = scale.reshape(-1), token_scale.reshape(-1)
+    return few_tokens.few_tokens(
+        quantized.codes, w.codes, scale, weights=weights, token_scale=token_scale, out_dtype=dtype
+    )
 
 
-def _backward(dtype, saved, cotangent):
-    del dtype
+def _forward(x, w, dtype, many):
+    return _product(x, w, dtype, many), (x, w)
+
+
+def _backward(dtype, many, saved, cotangent):
+    del dtype, many
     x, w = saved
     dense = qtensor.dequantize(w, x.dtype)
     gradient = jnp.matmul(cotangent.astype(x.dtype), dense.T, preferred_element_type=jnp.float32)
     return gradient.astype(x.dtype), None
 
 
-_int4_product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

@@ -16,8 +16,9 @@ any                in groups (fp8-block, mx)   ``dot(dequantize(x), dequantize(w
 groups, on a GPU   as they are, few rows       ``sum(dot(x, codes) by group * scale)``: `few_rows`
 =================  ==========================  =====================================================
 
-int4 weights that :func:`qjax.prepare` has arranged for it go through :mod:`pallas_kernels.few_tokens`
-instead, on a Hopper GPU, in products of at most 64 rows of the scales' 16-bit dtype
+int4, int8 and e4m3 weights that :func:`qjax.prepare` has arranged for it go through
+:mod:`pallas_kernels.few_tokens` instead, on a Hopper GPU, in products of at most 64 rows: of the scales'
+16-bit dtype, or quantized to int8 or e4m3 as the weight wants them
 (:func:`qjax.kernel_products.why_not`). All others go through XLA, in the arrangement of the table: above
 64 rows arithmetic, not reading the weights, takes the time.
 
@@ -123,7 +124,7 @@ def dot_general(
     if implementation != "xla":
         reason = kernel_products.why_not(x, w, numbers)
         if reason is None and isinstance(w, QTensor):
-            return kernel_products.product(x, w, jnp.dtype(dtype))
+            return kernel_products.product(x, w, jnp.dtype(dtype), many=_through_xla)
         if implementation == "pallas":
             raise NotImplementedError(
                 f"no Pallas kernel takes {x.dtype}{list(x.shape)} x {_describe(w)}: {reason}; "
@@ -236,21 +237,30 @@ def form(w: Any) -> str:
     """
     if not isinstance(w, QTensor):
         return "xla: dot"
-    scheme, whole = w.activations, w.scaled_per_contraction
     if device.is_hopper() and qtensor.why_no_kernel(w) is None:
         once = "" if w.layout else " once prepared"
         rows = kernel_products.MOST_ROWS
-        return f"pallas: few_tokens up to {rows} rows{once}, then xla: dequantize, then dot"
+        return f"pallas: few_tokens up to {rows} rows{once}, then {_xla_form(w)}"
+    partial = w.activations is None and not w.scaled_per_contraction and not w.format.packed
+    few = ", few rows as partial sums" if partial and jax.default_backend() == "gpu" else ""
+    return _xla_form(w) + few
+
+
+def _xla_form(w: QTensor) -> str:
+    """How XLA computes a product of many rows."""
+    scheme, whole = w.activations, w.scaled_per_contraction
     if scheme is None:
-        if whole:
-            return "xla: dot of codes, then scale"
-        partial = jax.default_backend() == "gpu" and not w.format.packed
-        return "xla: dequantize, then dot" + (", few rows as partial sums" if partial else "")
+        return "xla: dot of codes, then scale" if whole else "xla: dequantize, then dot"
     if scheme.group_size is not None:
         return "xla: dequantize both, then dot"
     if not whole:
         return f"xla: dot of {scheme.format.name} and dequantized, then scale"
     return f"xla: {scheme.format.name} dot, then scales"
+
+
+def _through_xla(x: Float[Array, "m k"], w: QTensor, dtype: Any) -> Float[Array, "m n"]:
+    """``x @ w`` whatever a kernel could do."""
+    return matmul(x, w, preferred_element_type=dtype, implementation="xla")
 
 
 def _weight_only(x, w: QTensor, numbers, precision) -> Float[Array, "..."]:

@@ -10,14 +10,16 @@ one for the tensor, ``(128, 128)`` a block.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import few_tokens, few_tokens_product, packing, row_blocks
+from pallas_kernels.few_tokens_product import TOKENS, Tokens
 from pallas_kernels.machine import Half
+from pallas_kernels.operands import Weights
 from qjax import formats, tiles
 from qjax.formats import Format
 from qjax.scheme import ActivationScheme, ScaleFormat, Scheme, WeightScheme
@@ -28,11 +30,14 @@ class KernelLayout:
     """Leaves arranged for a kernel: :mod:`pallas_kernels.row_blocks`.
 
     Attributes:
-      half: dtype of the scales, and of the tokens that the kernel multiplies with.
+      tokens: dtype that the kernel multiplies with. Scales are pairs of it where it has 16 bits, and
+        float32 as the class describes them where it has 8.
+      scale_dtype: of the scales in the plain arrangement.
       version: of the arrangement.
     """
 
-    half: Half
+    tokens: Tokens
+    scale_dtype: str
     version: int = row_blocks.VERSION
 
 
@@ -166,7 +171,7 @@ class QTensor:
     def shape(self) -> tuple[int, ...]:
         """Shape of the logical array, read off the codes: of all layers, one layer or one shard."""
         if self.layout is not None:
-            *leading, blocks, tiles_, _, _ = self.codes.shape
+            *leading, blocks, tiles_ = self.codes.shape[: -3 if self.format.bits == 8 else -2]
             return (*leading, tiles_ * row_blocks.COLUMNS, blocks * row_blocks.ROWS)
         *leading, last = self.codes.shape
         if self.format.packed:
@@ -286,20 +291,48 @@ class QTensor:
         )  # fmt: skip
 
 
+def kernel_tokens(q: QTensor) -> str:
+    """Dtype that a kernel multiplies this weight with: of its scales, or of quantized activations."""
+    if q.layout is not None:
+        return q.layout.tokens
+    return q.activations.format.storage if q.activations else str(q.scale.dtype)
+
+
 def why_no_kernel(q: QTensor) -> str | None:
     """Why no kernel takes products with this weight, in words; None if one does."""
-    if q.format != formats.INT4 or q.activations is not None:
-        return f"the only kernel is for int4 weights alone, this is {q.scheme.name}"
+    if q.format not in (formats.INT4, formats.INT8, formats.E4M3):
+        return f"the only kernel is for int4, int8 and e4m3 weights, this is {q.scheme.name}"
     if len(q.tile) != 2 or q.axis != (-2,):
         return f"it must be a [k, n] weight, summed over k; this has {len(q.tile)} axes"
-    k, n = q.shape[-2:]
-    half = q.layout.half if q.layout else q.scale.dtype
-    if q.tile[1] != 1 and n != 1:
-        return f"scales must be per output, these are for tiles of {q.tile}"
-    return few_tokens_product.why_not(
-        1, k, n, weights="int4", tokens=str(half), group_size=q.group_size,
+    if q.tensor_scale is not None or str(q.scale.dtype) in _SCALE_FORMATS:
+        return f"scales must be floats of 16 or 32 bits, these are {q.scale.dtype}"
+    (k, n), tokens = q.shape[-2:], kernel_tokens(q)
+    if tokens not in TOKENS and q.activations is None:
+        return (
+            f"scales are {tokens}, must be bfloat16 or float16 where activations are not quantized"
+        )
+    reason = few_tokens_product.why_not(
+        1, k, n, weights=q.format.storage, tokens=tokens, group_size=q.group_size,
         has_zeros=q.zero is not None,
     )  # fmt: skip
+    return reason or _why_not_scales(q)
+
+
+def _why_not_scales(q: QTensor) -> str | None:
+    """Why scales are not those of a kernel, of weights whose dtypes and group are."""
+    (k, n), (_, outputs) = q.shape[-2:], q.tile
+    if q.activations is None or q.group_size is None:
+        if outputs != 1 and (outputs < n or q.group_size is not None):
+            return f"scales must be per output or one for all, these are for tiles of {q.tile}"
+    elif outputs != few_tokens_product.BLOCK and outputs < n:
+        return f"scales must be for 128 x 128 weights, these are for tiles of {q.tile}"
+    if q.activations is None:
+        return None
+    of_tokens = q.activations.group_size
+    of_tokens = None if of_tokens is None or of_tokens >= k else of_tokens
+    if of_tokens != q.group_size:
+        return f"activations have a scale for {of_tokens} inputs, weights for {q.group_size}; None: all"
+    return None
 
 
 def for_kernel(q: QTensor) -> QTensor:
@@ -315,13 +348,19 @@ def for_kernel(q: QTensor) -> QTensor:
     """
     if q.layout is not None or why_no_kernel(q) is not None:
         return q
-    half: Half = "float16" if q.scale.dtype == jnp.float16 else "bfloat16"
-    result = q.replaced(
-        codes=row_blocks.tile_codes(q.codes),
-        scale=row_blocks.tile_pairs(q.scale),
-        zero=None if q.zero is None else few_tokens.pack_zeros(q.zero, half, "int4"),
-    )
-    result.layout = KernelLayout(half=half)
+    tokens, weights = cast(Tokens, kernel_tokens(q)), cast(Weights, q.format.storage)
+    codes = few_tokens.tiled_codes(q.codes, weights)
+    if q.activations is not None:
+        result = q.replaced(codes=codes, scale=q.scale.astype(jnp.float32))
+    else:
+        # One scale for the whole tensor stands there once for each output.
+        each = jnp.broadcast_to(q.scale, (*q.scale.shape[:-1], q.shape[-1]))
+        zero = q.zero
+        if zero is not None:
+            zero = jnp.broadcast_to(zero, each.shape)
+            zero = few_tokens.pack_zeros(zero, cast(Half, tokens), weights)
+        result = q.replaced(codes=codes, scale=row_blocks.tile_pairs(each), zero=zero)
+    result.layout = KernelLayout(tokens=tokens, scale_dtype=str(q.scale.dtype))
     return result
 
 
@@ -329,12 +368,19 @@ def plain(q: QTensor) -> QTensor:
     """The same weight with its leaves as the class describes them: the inverse of :func:`for_kernel`."""
     if q.layout is None:
         return q
-    half = q.layout.half
-    result = q.replaced(
-        codes=row_blocks.untile_codes(q.codes).astype(q.format.storage),
-        scale=row_blocks.untile_pairs(q.scale, jnp.dtype(half)),
-        zero=None if q.zero is None else few_tokens.unpack_zeros(q.zero, half, "int4"),
-    )
+    weights, dtype = cast(Weights, q.format.storage), jnp.dtype(q.layout.scale_dtype)
+    codes = few_tokens.plain_codes(q.codes, weights).astype(q.format.storage)
+    if q.activations is not None:
+        result = q.replaced(codes=codes, scale=q.scale.astype(dtype))
+    else:
+        # The other way round: of as many equal ones as there are outputs the tensor keeps one.
+        held = slice(None) if q.tile[-1] == 1 else slice(1)
+        zero = q.zero
+        if zero is not None:
+            half = cast(Half, q.layout.tokens)
+            zero = few_tokens.unpack_zeros(zero, half, weights)[..., held]
+        scale = row_blocks.untile_pairs(q.scale, dtype)[..., held]
+        result = q.replaced(codes=codes, scale=scale, zero=zero)
     result.layout = None
     return result
 

@@ -11,6 +11,7 @@ Example:
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -118,11 +119,9 @@ def _compile(cases: Sequence[dict[str, Any]]) -> None:
         config = config or config_for(product, "NVIDIA H200")
         arrays, options = _operands(product, shape, extra=case.get("extra", False))
 
-        def multiply(arrays, options, config=config, weights=product.weights):
-            return few_tokens(*arrays, **options, weights=weights, config=config)
-
+        multiply = functools.partial(few_tokens, weights=product.weights, config=config)
         print(f"=== case {number}", flush=True)
-        jax.jit(multiply).lower(arrays, options).compile()
+        jax.jit(multiply).lower(*arrays, **options).compile()
 
 
 def _operands(

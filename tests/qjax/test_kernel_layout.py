@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights arranged for a kernel: the same weights, and the door that sends their products there."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,15 @@ from flax import nnx
 
 import qjax
 from pallas_kernels import device, few_tokens
-from qjax import kernel_products, ops, qtensor
+from qjax import activations, kernel_products, ops, qtensor
 
-TAKEN = ["w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w4a16-channel", "w4a16-channel-asym"]
+HALF_TOKENS = [
+    "w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w4a16-channel", "w4a16-channel-asym",
+    "w4a16-tensor", "w8a16-g32", "w8a16-g128-asym", "w8a16-channel", "w8a16-tensor-asym", "fp8-a16",
+    "fp8-a16-tensor",
+]  # fmt: skip
+BYTE_TOKENS = ["w8a8", "w8a8-tensor", "fp8-dynamic", "fp8-dynamic-tensor", "fp8-block"]
+TAKEN = HALF_TOKENS + BYTE_TOKENS
 NUMBERS = (((1,), (0,)), ((), ()))
 
 
@@ -33,18 +41,16 @@ def hopper(monkeypatch):
     monkeypatch.setattr(device, "is_hopper", lambda: True)
     launched = []
 
-    def interpreted(x, words, scale, zero=None, *, weights, out_dtype=None):
-        launched.append(x.shape)
-        shape = jax.ShapeDtypeStruct((x.shape[0], words.shape[0] * 16), out_dtype or x.dtype)
-        operands = (x, words, scale) + (() if zero is None else (zero,))
-        kernel = original
+    def interpreted(x, codes, scale, zero=None, *, weights, token_scale=None, out_dtype):
+        launched.append((x.shape, str(x.dtype)))
+        shape = jax.ShapeDtypeStruct((x.shape[0], codes.shape[0] * 16), out_dtype)
+        choices = {"weights": weights, "out_dtype": out_dtype, "interpret": True}
 
-        def run(*operands):
-            return np.asarray(
-                kernel(*operands, weights=weights, out_dtype=out_dtype, interpret=True)
-            )
+        def run(positional, token_scale):
+            return np.asarray(original(*positional, token_scale=token_scale, **choices))
 
-        return jax.pure_callback(run, shape, *operands, vmap_method="sequential")
+        positional = (x, codes, scale) if zero is None else (x, codes, scale, zero)
+        return jax.pure_callback(run, shape, positional, token_scale, vmap_method="sequential")
 
     original = few_tokens.few_tokens
     monkeypatch.setattr(few_tokens, "few_tokens", interpreted)
@@ -58,8 +64,13 @@ def test_there_and_back(weight, name, dtype):
     arranged = qtensor.for_kernel(q)
     assert arranged.layout is not None and arranged.codes.dtype == jnp.uint32
     assert (arranged.shape, arranged.dtype, arranged.tile) == (q.shape, q.dtype, q.tile)
-    zeros = 0 if q.zero is None else q.zero.size  # 16 bits each there, 8 here
-    assert arranged.nbytes == q.nbytes + zeros and arranged.scheme == q.scheme
+    assert arranged.scheme == q.scheme
+    more = 0 if q.zero is None else q.zero.size  # 16 bits each there, 8 here
+    if name in BYTE_TOKENS:
+        more += (4 - q.scale.dtype.itemsize) * q.scale.size  # float32 there
+    elif "tensor" in name:  # once for each output there
+        more = (2 * 48) * (1 if q.zero is None else 2) - (2 if q.zero is None else 3)
+    assert arranged.nbytes == q.nbytes + more
     same(qtensor.plain(arranged), q)
     assert qtensor.for_kernel(arranged) is arranged and qtensor.plain(q) is q
     np.testing.assert_array_equal(qjax.dequantize(arranged), qjax.dequantize(q))
@@ -77,10 +88,13 @@ def test_layers_that_are_stacked(weight):
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("w8a16-g32", (256, 48), "is for int4 weights alone, this is w8a16-g32"),
-        ("w4a8", (256, 48), "is for int4 weights alone, this is w4a8"),
+        ("w3a16-g32", (256, 48), "is for int4, int8 and e4m3 weights, this is w3a16-g32"),
+        ("fp8-e5m2", (256, 48), "is for int4, int8 and e4m3 weights, this is fp8-e5m2"),
+        ("w4a8", (256, 48), "tokens are int8, must be bfloat16 or float16 for int4 weights"),
+        ("w8a8-g64", (256, 48), "group_size=64 must be None: a scale a channel, with int8 tokens"),
+        ("mxfp8", (256, 48), "scales must be floats of 16 or 32 bits, these are float8_e8m0fnu"),
         ("w4a16-g16", (256, 48), "group_size=16 must be one of"),
-        ("w4a16-tensor", (256, 48), "for tiles of"),
+        ("fp8-block", (128, 256), "per output or one for all, these are for tiles of (128, 128)"),
         ("w4a16-g64", (192, 48), "k=192 must be divisible by 128"),
         ("w4a16-g64", (256, 40), "n=40 must be divisible by 16"),
     ],
@@ -96,7 +110,8 @@ def test_weights_that_no_kernel_takes(name, shape, reason):
 
 def test_float32_scales_have_no_kernel(weight):
     q = qjax.quantize(weight.astype(jnp.float32), "w4a16-g64")
-    assert "tokens are float32" in qtensor.why_no_kernel(q)
+    assert "scales are float32, must be bfloat16 or float16" in qtensor.why_no_kernel(q)
+    assert qtensor.why_no_kernel(qjax.quantize(weight.astype(jnp.float32), "w8a8")) is None
 
 
 def test_nothing_is_arranged_without_the_gpu(weight):
@@ -130,13 +145,13 @@ def test_the_rule_of_the_door(hopper, weight):
     assert "x [..., k] . w [k, n] only" in reason(((1, 48), jnp.bfloat16), arranged, other)
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", HALF_TOKENS)
 def test_products_through_the_kernel(hopper, weight, rng, name):
     q = qjax.quantize(weight, name)
     arranged = qjax.prepare(q)
     x = jnp.asarray(rng.standard_normal((2, 3, 256)), jnp.bfloat16)
     y = jax.jit(qjax.matmul)(x, arranged)
-    assert hopper == [(6, 256)]
+    assert hopper == [((6, 256), "bfloat16")]
     expected = np.asarray(x, np.float64) @ np.asarray(qjax.dequantize(q, jnp.float32), np.float64)
     # Exact weights, float32 sums, one rounding to bfloat16.
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2.0**-8, atol=1e-4)
@@ -147,12 +162,64 @@ def test_products_through_the_kernel(hopper, weight, rng, name):
     assert len(hopper) == 2
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", BYTE_TOKENS)
+def test_quantized_activations_through_the_kernel(hopper, weight, rng, name, dtype):
+    q = qjax.quantize(weight, name)
+    arranged = qjax.prepare(q)
+    x = jnp.asarray(rng.standard_normal((2, 3, 256)), dtype)
+    wide = functools.partial(qjax.matmul, preferred_element_type=jnp.float32)
+    y = jax.jit(functools.partial(wide, implementation="pallas"))(x, arranged)
+    assert hopper == [((6, 256), q.format.storage)]
+    plain = wide(x, q)
+    if name.startswith("w8a8"):  # whole sums, and the same factors in the same order
+        np.testing.assert_array_equal(y, plain)
+    near = activations.quantize(x, q.activations, (-1,))
+    expected = np.asarray(activations.dequantize(near), np.float64)
+    expected = expected @ np.asarray(qjax.dequantize(q, jnp.float32), np.float64)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+    # XLA's block form rounds the operands to the activations' dtype.
+    np.testing.assert_allclose(y, plain, rtol=0.01, atol=0.1)
+
+
+@pytest.mark.parametrize("name", BYTE_TOKENS)
+def test_vmap_and_gradients_with_quantized_activations(hopper, weight, rng, name):
+    q = qjax.quantize(weight, name)
+    arranged = qjax.prepare(q)
+    x = jnp.asarray(rng.standard_normal((5, 4, 256)), jnp.bfloat16)
+    y = jax.vmap(qjax.matmul, in_axes=(0, None))(x, arranged)
+    assert ((20, 256), q.format.storage) in hopper
+    np.testing.assert_allclose(y, qjax.matmul(x, q), rtol=0.02, atol=0.1)
+    launches = len(hopper)
+    many = jnp.asarray(rng.standard_normal((70, 1, 256)), jnp.bfloat16)
+    through_xla = jax.vmap(qjax.matmul, in_axes=(0, None))(many, arranged)
+    np.testing.assert_array_equal(through_xla, qjax.matmul(many, q))
+    assert len(hopper) <= launches + 1  # traced once, at most, before its batch is known
+
+    def total(x, w):
+        return qjax.matmul(x, w).astype(jnp.float32).sum()
+
+    ours, plain = jax.grad(total)(x[0], arranged), jax.grad(total)(x[0], q)
+    # Sums of 48 weights, which ours are rounded to bfloat16: to 2**-9 of at most 3.5.
+    np.testing.assert_allclose(
+        ours.astype(jnp.float32), plain.astype(jnp.float32), rtol=2.0**-8, atol=48 * 2.0**-9
+    )
+
+
+def test_activations_and_weights_must_be_cut_alike(weight):
+    block = qjax.quantize(weight, "fp8-block")
+    per_token = qjax.quantize(weight, "fp8-dynamic").activations
+    mixed = block.replaced()
+    mixed.activations = per_token
+    assert "a scale for None inputs, weights for 128" in qtensor.why_no_kernel(mixed)
+
+
 def test_vmap_joins_the_rows_and_gradients_reach_the_activations(hopper, weight, rng):
     q = qjax.quantize(weight, "w4a16-g64-asym")
     arranged = qjax.prepare(q)
     x = jnp.asarray(rng.standard_normal((5, 4, 256)), jnp.bfloat16)
     y = jax.vmap(qjax.matmul, in_axes=(0, None))(x, arranged)
-    assert (20, 256) in hopper
+    assert ((20, 256), "bfloat16") in hopper
     np.testing.assert_allclose(
         y, qjax.matmul(x, arranged, implementation="xla"), rtol=0.02, atol=0.1
     )
@@ -182,5 +249,5 @@ def test_a_prepared_model_computes_the_same(hopper, rng):
     prepared = nnx.merge(graph, qjax.prepare(state))
     x = jnp.asarray(rng.standard_normal((2, 128)), jnp.bfloat16)
     np.testing.assert_allclose(prepared(x), quantized(x), rtol=0.02, atol=0.02)
-    assert hopper == [(2, 128)]
+    assert hopper == [((2, 128), "bfloat16")]
     assert "pallas: few_tokens" in ops.form(prepared.layers[0].kernel[...])
