@@ -19,8 +19,9 @@ Everything else is arranged so as not to be in the way:
   on their way while one is worked on. There is no shared memory, barrier or copy engine between memory
   and arithmetic.
 - A few integer instructions make codes 16-bit floats, exactly: :mod:`pallas_kernels.operands`. int8 meets
-  int8 as it is, in int32 sums; float8_e4m3fn meets float8_e4m3fn as float16, which holds all its values
-  (it is what the assembler makes of an e4m3 ``mma`` on this GPU, too, but once for all tokens).
+  int8 as it is, in int32 sums, and int4 meets it as int8; float8_e4m3fn meets float8_e4m3fn as float16,
+  which holds all its values (it is what the assembler makes of an e4m3 ``mma`` on this GPU, too, but once
+  for all tokens).
 - Tokens are the eight columns of ``mma.m16n8k16``. Their values come through the first-level cache,
   where all warps of a block find the same lines; tokens that do not exist repeat the last one and are
   not stored.
@@ -85,7 +86,7 @@ def few_tokens_reference(
         spread_scale = jnp.repeat(jnp.repeat(scale, BLOCK, axis=0), BLOCK, axis=1)[:, :n]
         y = _matmul(near, w.astype(jnp.float32) * spread_scale)
     else:
-        wide = jnp.int32 if weights == "int8" else jnp.float32
+        wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
         y = _matmul(x.astype(wide), w.astype(wide)).astype(jnp.float32)
         y = y * token_scale[:, None] * scale.astype(jnp.float32)
     for term in (bias, residual):
@@ -152,8 +153,8 @@ def few_tokens(
     """The product of the module's docstring, on a Hopper GPU.
 
     Args:
-      x: tokens, bfloat16 or float16, or int8 or float8_e4m3fn for weights that are the same; made for up
-        to 64 of them.
+      x: tokens, bfloat16 or float16; or int8 or float8_e4m3fn, for weights that are the same or int4.
+        Made for up to 64 of them.
       codes: weights in row blocks, :func:`tiled_codes`.
       scale: with 16-bit tokens in their dtype, from :func:`pallas_kernels.row_blocks.tile_pairs`, of one
         group or of groups of 32, 64 or 128. With 8-bit tokens floats of one output each, ``[n]``, or one

@@ -78,7 +78,7 @@ def _if(machine: Machine, warps: int, rounds: int) -> Word:
 
 @dataclass(frozen=True)
 class _Walk:
-    """How a lane goes through the codes and tokens of a chunk, in words; all loads are of 4 words.
+    """How a lane goes through the codes and tokens of a chunk, in words; loads are of 4 words.
 
     Attributes:
       codes: where its first codes lie in a row block.
@@ -87,6 +87,7 @@ class _Walk:
       token_loads: the places from there on.
       code_chunk: from one chunk to the next.
       token_chunk: likewise.
+      token_words: of a load of tokens.
     """
 
     codes: Word
@@ -95,6 +96,7 @@ class _Walk:
     token_loads: tuple[int, ...]
     code_chunk: int
     token_chunk: int
+    token_words: int = 4
 
     @staticmethod
     def of(machine: Machine, product: Product) -> "_Walk":
@@ -107,8 +109,10 @@ class _Walk:
         lane = machine.thread % 32
         g, quad = lane // 4, lane % 4
         in_order, neighbours = (0, 16, 32, 48), quad * 4
-        if product.weights == "int4":
+        if product.weights == "int4" and product.has_half_tokens:
             return _Walk(lane * 4, (0, 128), neighbours, in_order, 256, 64)
+        if product.weights == "int4":
+            return _Walk(lane * 4, (0, 128), quad * 2, (0, 8, 16, 24), 256, 32, token_words=2)
         if not product.has_half_tokens:
             return _Walk(lane * 4, (0, 128, 256, 384), neighbours, in_order[:2], 512, 32)
         if product.group_size == 32:
@@ -214,11 +218,14 @@ class _Reader:
     def tokens_of(self, chunk: int, load: int) -> list[list[Word]]:
         """For each eight tokens the B operands of the products of one load, two words each."""
         place = self.walk.token_chunk * chunk + self.walk.token_loads[load]
-        loaded = [pointer.load(place, 4) for pointer in self.tokens]
-        if self.product.tokens != "float8_e4m3fn":
+        loaded = [pointer.load(place, self.walk.token_words) for pointer in self.tokens]
+        machine, product = self.machine, self.product
+        if product.is_whole:
+            return [operands.int8_tokens(machine, product.weights, words) for words in loaded]
+        if product.has_half_tokens:
             return loaded
         return [
-            [pair for word in words for pair in operands.e4m3_pairs(self.machine, word)]
+            [pair for word in words for pair in operands.e4m3_pairs(machine, word)]
             for words in loaded
         ]
 
@@ -294,19 +301,25 @@ def _multiply_chunk(
             offsets = _offsets(machine, product, block[code_words:], group, reader, i)
             for j in range(steps):
                 codes = block[step_words * (load * steps + j) :][:step_words]
-                if not product.is_whole:
-                    codes = operands.half_operand(
-                        machine, product.weights, product.half, codes, offsets
-                    )
+                a = _a_operand(machine, product, codes, offsets)
                 for t in range(eights):
                     b, c = tokens[t][2 * j : 2 * j + 2], parts[i][4 * t : 4 * t + 4]
-                    part = _mma(machine, product, codes, b, c)
+                    part = _mma(machine, product, a, b, c)
                     parts[i] = [*parts[i][: 4 * t], *part, *parts[i][4 * t + 4 :]]
             if groups and (load + 1) * groups % loads == 0:
                 factors = reader.factors(chunk, block[code_words + group])
                 totals[i] = _scaled(machine, parts[i], factors, totals[i])
                 parts[i] = list(blank)
     return [value for total in (totals if groups else parts) for value in total]
+
+
+def _a_operand(
+    machine: Machine, product: Product, codes: list[Word], offsets: tuple[Word | None, Word | None]
+) -> list[Word]:
+    """The A operand of one tensor-core product."""
+    if product.is_whole:
+        return operands.int8_operand(machine, product.weights, codes)
+    return operands.half_operand(machine, product.weights, product.half, codes, offsets)
 
 
 def _mma(
@@ -362,7 +375,7 @@ def _add_slices(
             bits = machine.shared_load((warp * columns + token) * own + output % own)
             total = _plus(machine, product, total, bits)
         if product.is_whole:
-            total = machine.rounded(total)
+            total = _real(machine, product, total)
         m, n = machine.block[1] * columns + token, machine.block[0] * config.outputs + output
         inside = machine.thread + start < config.outputs * columns
         inside = inside & (m < product.m) & (n < product.n)
@@ -376,6 +389,14 @@ def _plus(machine: Machine, product: Product, total: Sum | None, bits: Word) -> 
         return bits if total is None else total + bits
     part = machine.as_real(bits)
     return part if total is None else machine.plus(total, part)
+
+
+def _real(machine: Machine, product: Product, total: Word) -> Real:
+    """The float32 nearest to a whole sum."""
+    total = machine.rounded(total)
+    if product.weights == "int8":
+        return total
+    return machine.times(total, machine.real(1 / operands.INT4_IN_INT8))  # exact
 
 
 def _finished(

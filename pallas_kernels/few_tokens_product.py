@@ -25,6 +25,12 @@ BLOCK = 128  # inputs and outputs that share a scale where 8-bit floats meet; in
 
 Tokens = Literal["bfloat16", "float16", "int8", "float8_e4m3fn"]
 TOKENS: tuple[Tokens, ...] = ("bfloat16", "float16", "int8", "float8_e4m3fn")
+_BYTE_TOKENS: dict[Weights, tuple[Tokens, ...]] = {
+    "int4": ("int8", "float8_e4m3fn"), "int8": ("int8",), "float8_e4m3fn": ("float8_e4m3fn",),
+}  # fmt: skip
+_MOST_INPUTS = (
+    2**17
+)  # of integers: 2**17 products of two int8 are the first that may not fit an int32
 
 _SHARED_BYTES = 227 * 1024  # of a block on Hopper
 _NEAREST_DEVICE = "NVIDIA H100 80GB HBM3"  # for Hopper GPUs that have no table of their own
@@ -120,8 +126,8 @@ class Product:
 
     @property
     def span(self) -> int:
-        """Inputs of one load of tokens: 16 bytes in each of 4 lanes."""
-        return 32 if self.has_half_tokens else 64
+        """Inputs of one load of tokens: in each of 4 lanes 8 neighbours, or 16 where all have 8 bits."""
+        return 32 if self.has_half_tokens or self.weights == "int4" else 64
 
 
 def why_not(
@@ -131,17 +137,19 @@ def why_not(
     if weights not in operands.WEIGHTS:
         return f"weights are {weights}, must be one of {', '.join(operands.WEIGHTS)}"
     halves = TOKENS[:2]
-    if tokens not in (*halves, weights) or tokens == "int4":
-        eight = f" or {weights}" if weights in TOKENS else ""
-        return f"tokens are {tokens}, must be {' or '.join(halves)}{eight} for {weights} weights"
+    allowed = (*halves, *_BYTE_TOKENS[cast(Weights, weights)])
+    if tokens not in allowed:
+        return f"tokens are {tokens}, must be {' or '.join(allowed)} for {weights} weights"
     if k % CHUNK:
         return f"{k=} must be divisible by {CHUNK}"
     if n % row_blocks.ROWS:
         return f"{n=} must be divisible by {row_blocks.ROWS}"
-    sizes = {"int8": (), "float8_e4m3fn": (BLOCK,)}.get(tokens, GROUP_SIZES)
+    if tokens == "int8" and k >= _MOST_INPUTS:
+        return f"{k=} must be below {_MOST_INPUTS}, or the sum of products may not fit an int32"
+    sizes = GROUP_SIZES if tokens in halves else (BLOCK,) if tokens == weights != "int8" else ()
     if group_size is not None and group_size not in sizes:
-        allowed = f"one of {sizes}, or a scale a channel" if sizes else "None: a scale a channel"
-        return f"{group_size=} must be {allowed}, with {tokens} tokens"
+        needed = f"one of {sizes}, or a scale a channel" if sizes else "None: a scale a channel"
+        return f"{group_size=} must be {needed}, with {tokens} tokens and {weights} weights"
     if has_zeros and (weights not in ("int4", "int8") or tokens not in halves):
         return f"zeros go with integer weights and 16-bit tokens, these are {weights} and {tokens}"
     return None if m else "there are no tokens"

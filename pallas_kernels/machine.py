@@ -134,7 +134,7 @@ class Machine(Protocol):
         ...
 
     def lifted(self, word: Word, mask: int, unit: Word) -> Word:
-        """``word & mask | unit``, as one instruction."""
+        """``word & mask ^ unit``, as one instruction."""
         ...
 
     def e4m3_as_half(self, word: Word, which: Literal["low", "high"]) -> Word:

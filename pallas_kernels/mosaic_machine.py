@@ -297,8 +297,8 @@ class MosaicMachine:
         return MosaicWord(_asm(_i32(), [a.value, b.value], text, "=r,r,r"))
 
     def lifted(self, word: MosaicWord, mask: int, unit: MosaicWord) -> MosaicWord:
-        """The assembler makes two of it when it knows both constants: so one is hidden in a register."""
-        text = f"lop3.b32 $0, $1, {mask:#x}, $2, 0xea;"
+        """Asked for as such: the assembler would make two, with a constant in each."""
+        text = f"lop3.b32 $0, $1, {mask:#x}, $2, 0x6a;"
         return MosaicWord(_asm(_i32(), [word.value, unit.value], text, "=r,r,r"))
 
     def e4m3_as_half(self, word: MosaicWord, which: str) -> MosaicWord:

@@ -189,7 +189,7 @@ class NumpyMachine:
 
     def lifted(self, word: Words, mask: int, unit: Words) -> Words:
         """Bit by bit."""
-        return word & np.uint32(mask) | unit
+        return word & np.uint32(mask) ^ unit
 
     def e4m3_as_half(self, word: Words, which: str) -> Words:
         """Every value is one of float16 too."""

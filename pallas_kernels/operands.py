@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How codes in registers become operands of tensor-core products.
 
-Codes come as :mod:`pallas_kernels.row_blocks` lays them out, and leave as the four words of an A operand
-``[16 outputs, 16 inputs]`` of 16-bit floats. Every step is exact. Instructions for the eight codes of a
-lane:
+Codes come as :mod:`pallas_kernels.row_blocks` lays them out, and leave as the four words of an A
+operand, ``[16 outputs, 16 inputs]`` of 16-bit floats or ``[16, 32]`` of int8. Every step is exact.
+Instructions for eight codes of a lane, to 16-bit floats:
 
 =====  ==================================================  ========================================
 codes  bfloat16                                            float16
@@ -40,6 +40,10 @@ LIFTS: dict[tuple[Weights, Half], int] = {
 _LIFT_BITS = {136: 0x43084308, 1032: 0x64086408, 1152: 0x64806480}
 
 
+# What products of int4 are too large by: as int8 they stand in the high nibble.
+INT4_IN_INT8 = 16
+
+
 def constant_offset(machine: Machine, weights: Weights, half: Half) -> Word | None:
     """What is subtracted where zeros are 0, in both halves of a word; None: nothing."""
     lift = LIFTS.get((weights, half), 0)
@@ -67,6 +71,28 @@ def half_operand(
     convert = {"int8": _from_int8, "float8_e4m3fn": _from_e4m3}[weights]
     rows = [convert(machine, half, w, o) for w, o in zip(words, offsets, strict=True)]
     return [rows[0][0], rows[1][0], rows[0][1], rows[1][1]]
+
+
+def int8_operand(machine: Machine, weights: Weights, words: Sequence[Word]) -> list[Word]:
+    """The A operand of one ``mma.m16n8k32`` of int8: codes as they are, or int4 times `INT4_IN_INT8`.
+
+    Args:
+      machine: emits the instructions.
+      weights: what the codes are.
+      words: of the layout, four of int8 or two (j = 0, 1) of int4. Those hold a row in every second
+        nibble, inputs 0, 2, 1, 3 of each four: :func:`int8_tokens` puts tokens into that order.
+    """
+    if weights == "int8":
+        return list(words)
+    sign = machine.word(0x80808080)  # unsigned to two's complement
+    return [machine.lifted(row, 0xF0F0F0F0, sign) for word in words for row in (word << 4, word)]
+
+
+def int8_tokens(machine: Machine, weights: Weights, words: Sequence[Word]) -> list[Word]:
+    """B operands for :func:`int8_operand`."""
+    if weights == "int8":
+        return list(words)
+    return [machine.bytes_of(word, word, 0x3120) for word in words]
 
 
 def e4m3_pairs(machine: Machine, word: Word) -> list[Word]:

@@ -35,8 +35,8 @@ from pallas_kernels.operands import BITS
 
 SHAPES = ((4096, 6144), (4096, 28672), (14336, 4096), (8192, 8192))  # (k, n)
 KINDS = (
-    "int4:bfloat16", "int8:bfloat16", "int8:int8", "float8_e4m3fn:bfloat16",
-    "float8_e4m3fn:float8_e4m3fn",
+    "int4:bfloat16", "int8:bfloat16", "float8_e4m3fn:bfloat16", "int8:int8",
+    "float8_e4m3fn:float8_e4m3fn", "int4:int8",
 )  # fmt: skip
 ROWS = (1, 2, 3, 4, 7, 8, 14)
 SLICES = (1, 2, 4, 7, 8, 14, 16)

@@ -95,9 +95,9 @@ def _with_half_tokens(
 
 
 def _with_byte_tokens(
-    rng: np.random.Generator, m, k, n, *, weights, by_block=False, one_scale=False
+    rng: np.random.Generator, m, k, n, *, weights, tokens=None, by_block=False, one_scale=False
 ) -> Operands:
-    x, codes = _codes(rng, weights, (m, k)), _codes(rng, weights, (k, n))
+    x, codes = _codes(rng, tokens or weights, (m, k)), _codes(rng, weights, (k, n))
     blocks = k // 128, -(-n // 128)
     shapes = ((m, blocks[0]), blocks) if by_block else ((1,), (1,)) if one_scale else ((m,), (n,))
     token_scale, scale = (jnp.asarray(rng.uniform(0.01, 0.02, s), jnp.float32) for s in shapes)

@@ -42,8 +42,14 @@ BYTES = [
     for weights, asymmetric in (("int8", False), ("int8", True), (E4M3, False))
 ]
 BYTE_TOKENS = [
-    case(16, 4096, 4096, group_size=group, tokens=weights, weights=weights, extra=extra)
-    for weights, group in (("int8", None), (E4M3, None), (E4M3, 128))
+    case(16, 4096, 4096, group_size=group, tokens=tokens, weights=weights, extra=extra)
+    for weights, tokens, group in (
+        ("int8", "int8", None),
+        ("int4", "int8", None),
+        ("int4", E4M3, None),
+        (E4M3, E4M3, None),
+        (E4M3, E4M3, 128),
+    )
     for extra in (False, True)
 ]
 # The default configurations of every kind, at the numbers of tokens that take most registers.
@@ -54,6 +60,7 @@ MANY = [
     for weights, tokens, group in (
         ("int4", "bfloat16", 128), ("int8", "bfloat16", 128), ("int8", "float16", None), ("int8", "int8", None),
         (E4M3, "bfloat16", 128), (E4M3, "float16", None), (E4M3, E4M3, None), (E4M3, E4M3, 128),
+        ("int4", "int8", None), ("int4", E4M3, None),
     )
 ]  # fmt: skip
 
@@ -70,7 +77,7 @@ def test_no_spill_and_tensor_cores(cases):
         assert compile_for_hopper.NO_SPILL in report, one
         whole = one["tokens"] == "int8"
         assert ("IMMA.16832.S8.S8" if whole else "HMMA.16816.F32") in report, one
-        assert "LDG.E.128" in report, one
+        assert "LDG.E.NA.LTC128B.128" in report, one  # the codes
         assert "LDL" not in report and "STL" not in report, one
 
 

@@ -47,14 +47,21 @@ def test_e4m3_tokens_against_float64(rng, byte_tokens, case, by_block, one_scale
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("one_scale", [False, True])
-def test_int8_tokens_are_multiplied_exactly(rng, byte_tokens, case, one_scale):
+def test_e4m3_tokens_and_int4_weights(rng, byte_tokens, case):
     m, k, n, config = CASES[case]
-    o = byte_tokens(rng, m, k, n, weights="int8", one_scale=one_scale)
+    check(byte_tokens(rng, m, k, n, weights="int4", tokens=E4M3), config, "bfloat16")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("one_scale", [False, True])
+def test_int8_tokens_are_multiplied_exactly(rng, byte_tokens, case, weights, one_scale):
+    m, k, n, config = CASES[case]
+    o = byte_tokens(rng, m, k, n, weights=weights, tokens="int8", one_scale=one_scale)
     check(o, config, "float16")
     x, codes, _ = o.args
-    ones = {"token_scale": jnp.ones(1), "weights": "int8", "config": config, "interpret": True}
-    whole = np.asarray(x, np.int64) @ np.asarray(kernel.plain_codes(codes, "int8"), np.int64)
+    ones = {"token_scale": jnp.ones(1), "weights": weights, "config": config, "interpret": True}
+    whole = np.asarray(x, np.int64) @ np.asarray(kernel.plain_codes(codes, weights), np.int64)
     y = kernel.few_tokens(x, codes, jnp.ones(1), **ones)
     np.testing.assert_array_equal(y, whole.astype(np.float32))
 
@@ -136,8 +143,15 @@ def test_codes_round_trip(rng, weights):
         ((0, 256, 32), {}, "no tokens"),
         ((1, 256, 32), {"group_size": 16}, "group_size=16 must be one of (32, 64, 128)"),
         ((1, 256, 32), {"tokens": "float32"}, "tokens are float32, must be bfloat16 or float16"),
-        ((1, 256, 32), {"tokens": "int8"}, "must be bfloat16 or float16 for int4 weights"),
+        ((1, 256, 32), {"tokens": "int4"}, "or int8 or float8_e4m3fn for int4 weights"),
         ((1, 256, 32), {"weights": "int8", "tokens": E4M3}, "or int8 for int8 weights"),
+        ((1, 256, 32), {"tokens": "int8"}, "group_size=128 must be None"),
+        ((1, 256, 32), {"tokens": E4M3}, "with float8_e4m3fn tokens and int4 weights"),
+        (
+            (1, 2**17, 32),
+            {"tokens": "int8", "group_size": None},
+            "k=131072 must be below 131072, or the sum of products may not fit an int32",
+        ),
         ((1, 256, 32), {"weights": "float8_e5m2"}, "weights are float8_e5m2, must be one of"),
         ((1, 256, 32), {"weights": "int8", "tokens": "int8"}, "group_size=128 must be None"),
         (

@@ -35,9 +35,18 @@ def test_half_tokens(fresh, half_tokens, k, n, weights, half):
 
 
 @pytest.mark.parametrize(("k", "n"), SHAPES)
-@pytest.mark.parametrize(("weights", "by_block"), [("int8", False), (E4M3, False), (E4M3, True)])
-def test_byte_tokens(fresh, byte_tokens, k, n, weights, by_block):
-    o = byte_tokens(fresh, max(TOKENS), k, n, weights=weights, by_block=by_block)
+@pytest.mark.parametrize(
+    ("weights", "tokens", "by_block"),
+    [
+        ("int4", "int8", False),
+        ("int8", "int8", False),
+        ("int4", E4M3, False),
+        (E4M3, E4M3, False),
+        (E4M3, E4M3, True),
+    ],
+)
+def test_byte_tokens(fresh, byte_tokens, k, n, weights, tokens, by_block):
+    o = byte_tokens(fresh, max(TOKENS), k, n, weights=weights, tokens=tokens, by_block=by_block)
     for m in TOKENS:
         run(fresh, o.of_tokens(m))
 
@@ -70,10 +79,11 @@ def test_one_scale_bias_and_residual(fresh, byte_tokens, weights, m):
 
 
 @pytest.mark.parametrize("m", [1, 64])
-def test_integers_are_multiplied_exactly(fresh, byte_tokens, m):
-    x, codes, _ = byte_tokens(fresh, m, 8192, 1024, weights="int8").args
-    whole = np.asarray(x, np.float64) @ np.asarray(plain_codes(codes, "int8"), np.float64)
-    y = few_tokens(x, codes, jnp.ones(1), weights="int8", token_scale=jnp.ones(1))
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_integers_are_multiplied_exactly(fresh, byte_tokens, m, weights):
+    x, codes, _ = byte_tokens(fresh, m, 8192, 1024, weights=weights, tokens="int8").args
+    whole = np.asarray(x, np.float64) @ np.asarray(plain_codes(codes, weights), np.float64)
+    y = few_tokens(x, codes, jnp.ones(1), weights=weights, token_scale=jnp.ones(1))
     np.testing.assert_array_equal(y, whole.astype(np.float32))
 
 

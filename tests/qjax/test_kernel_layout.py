@@ -18,7 +18,7 @@ HALF_TOKENS = [
     "w4a16-tensor", "w8a16-g32", "w8a16-g128-asym", "w8a16-channel", "w8a16-tensor-asym", "fp8-a16",
     "fp8-a16-tensor",
 ]  # fmt: skip
-BYTE_TOKENS = ["w8a8", "w8a8-tensor", "fp8-dynamic", "fp8-dynamic-tensor", "fp8-block"]
+BYTE_TOKENS = ["w4a8", "w8a8", "w8a8-tensor", "fp8-dynamic", "fp8-dynamic-tensor", "fp8-block"]
 TAKEN = HALF_TOKENS + BYTE_TOKENS
 NUMBERS = (((1,), (0,)), ((), ()))
 
@@ -90,7 +90,8 @@ def test_layers_that_are_stacked(weight):
     [
         ("w3a16-g32", (256, 48), "is for int4, int8 and e4m3 weights, this is w3a16-g32"),
         ("fp8-e5m2", (256, 48), "is for int4, int8 and e4m3 weights, this is fp8-e5m2"),
-        ("w4a8", (256, 48), "tokens are int8, must be bfloat16 or float16 for int4 weights"),
+        ("w4a8-g64", (256, 48), "group_size=64 must be None: a scale a channel, with int8 tokens"),
+        ("w4a4-channel", (256, 48), "tokens are int4, must be bfloat16 or float16 or int8"),
         ("w8a8-g64", (256, 48), "group_size=64 must be None: a scale a channel, with int8 tokens"),
         ("mxfp8", (256, 48), "scales must be floats of 16 or 32 bits, these are float8_e8m0fnu"),
         ("w4a16-g16", (256, 48), "group_size=16 must be one of"),
@@ -170,9 +171,9 @@ def test_quantized_activations_through_the_kernel(hopper, weight, rng, name, dty
     x = jnp.asarray(rng.standard_normal((2, 3, 256)), dtype)
     wide = functools.partial(qjax.matmul, preferred_element_type=jnp.float32)
     y = jax.jit(functools.partial(wide, implementation="pallas"))(x, arranged)
-    assert hopper == [((6, 256), q.format.storage)]
+    assert hopper == [((6, 256), q.activations.format.storage)]
     plain = wide(x, q)
-    if name.startswith("w8a8"):  # whole sums, and the same factors in the same order
+    if name.startswith("w"):  # whole sums, and the same factors in the same order
         np.testing.assert_array_equal(y, plain)
     near = activations.quantize(x, q.activations, (-1,))
     expected = np.asarray(activations.dequantize(near), np.float64)
@@ -188,7 +189,7 @@ def test_vmap_and_gradients_with_quantized_activations(hopper, weight, rng, name
     arranged = qjax.prepare(q)
     x = jnp.asarray(rng.standard_normal((5, 4, 256)), jnp.bfloat16)
     y = jax.vmap(qjax.matmul, in_axes=(0, None))(x, arranged)
-    assert ((20, 256), q.format.storage) in hopper
+    assert ((20, 256), q.activations.format.storage) in hopper
     np.testing.assert_allclose(y, qjax.matmul(x, q), rtol=0.02, atol=0.1)
     launches = len(hopper)
     many = jnp.asarray(rng.standard_normal((70, 1, 256)), jnp.bfloat16)
