@@ -76,10 +76,13 @@ def test_there_and_back(weight, name, dtype):
     np.testing.assert_array_equal(qjax.dequantize(arranged), qjax.dequantize(q))
 
 
-def test_layers_that_are_stacked(weight):
-    q = qjax.quantize(jnp.stack([weight, weight * 2]), "w4a16-g64-asym", stacked=1)
+@pytest.mark.parametrize(
+    "name", ["w4a16-g64-asym", "w8a16-g64-asym", "fp8-a16-tensor", "w8a8", "fp8-block"]
+)
+def test_layers_that_are_stacked(weight, name):
+    q = qjax.quantize(jnp.stack([weight, weight * 2]), name, stacked=1)
     arranged = qtensor.for_kernel(q)
-    assert arranged.shape == (2, 256, 48)
+    assert arranged.layout is not None and arranged.shape == (2, 256, 48)
     same(qtensor.plain(arranged), q)
     _, each = jax.lax.scan(lambda c, q: (c, qjax.dequantize(q)), 0, arranged)
     np.testing.assert_array_equal(each, qjax.dequantize(q))
@@ -236,8 +239,9 @@ def test_vmap_joins_the_rows_and_gradients_reach_the_activations(hopper, weight,
     )
 
 
-def test_weights_with_a_batch_axis_go_one_by_one(hopper, weight):
-    q = qjax.quantize(jnp.stack([weight, weight * 2]), "w4a16-g64", stacked=1)
+@pytest.mark.parametrize("name", ["w4a16-g64", "w8a8"])
+def test_weights_with_a_batch_axis_go_one_by_one(hopper, weight, name):
+    q = qjax.quantize(jnp.stack([weight, weight * 2]), name, stacked=1)
     x = jnp.ones((2, 1, 256), jnp.bfloat16)
     ours = jax.vmap(qjax.matmul)(x, qjax.prepare(q))
     np.testing.assert_allclose(ours, jax.vmap(qjax.matmul)(x, q), rtol=0.02, atol=0.1)
