@@ -152,7 +152,7 @@ def why_not(
         return f"{group_size=} must be {needed}, with {tokens} tokens and {weights} weights"
     if has_zeros and (weights not in ("int4", "int8") or tokens not in halves):
         return f"zeros go with integer weights and 16-bit tokens, these are {weights} and {tokens}"
-    return None if m else "there are no tokens"
+    return None if m and k and n else f"there are no tokens, inputs or outputs: {m=}, {k=}, {n=}"
 
 
 def check(product: Product, config: Config) -> None:

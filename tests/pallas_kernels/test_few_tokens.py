@@ -140,7 +140,8 @@ def test_codes_round_trip(rng, weights):
     [
         ((2, 192, 32), {}, "k=192 must be divisible by 128"),
         ((2, 256, 24), {}, "n=24 must be divisible by 16"),
-        ((0, 256, 32), {}, "no tokens"),
+        ((0, 256, 32), {}, "there are no tokens, inputs or outputs: m=0, k=256, n=32"),
+        ((1, 256, 0), {}, "n=0"),
         ((1, 256, 32), {"group_size": 16}, "group_size=16 must be one of (32, 64, 128)"),
         ((1, 256, 32), {"tokens": "float32"}, "tokens are float32, must be bfloat16 or float16"),
         ((1, 256, 32), {"tokens": "int4"}, "or int8 or float8_e4m3fn for int4 weights"),
