@@ -1,16 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of a few tokens with weights of 4 or 8 bits, which stream once from memory into registers.
+"""Products of few tokens: the weights stream once from memory into registers.
 
-    y[m, n] = sum_k x[m, k] * scale[k // group, n] * (code[k, n] - zero[k // group, n])
-
-with 16-bit tokens; with 8-bit ones, which have scales of their own,
-
-    y[m, n] = token_scale[m] * scale[n] * sum_k x[m, k] * code[k, n]                     or, by 128 x 128,
-    y[m, n] = sum_b token_scale[m, b] * scale[b, n // 128] * sum_(k in b) x[m, k] * code[k, n]
-
-and to either a bias of the output and a residual are added, before the one rounding.
-
-For up to 64 tokens nothing but reading the weights has to take time: ``n k / 2`` or ``n k`` bytes of
+For up to 32 tokens nothing but reading the weights has to take time: ``n k / 2`` or ``n k`` bytes of
 codes and ``2 n k / group`` of scales (and as much of zeros), 60 MB of int4 at 4096 x 28672, once.
 Everything else is arranged so as not to be in the way:
 
@@ -31,240 +22,436 @@ Everything else is arranged so as not to be in the way:
   launch, equal results from run to run.
 """
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt32
+from pallas_kernels import epilogue, operands, row_blocks
+from pallas_kernels.machine import Machine, Pointer, Real, Sum, Word
+from pallas_kernels.product import BLOCK, CHUNK, SHARED_BYTES, Arrays, Product
 
-from pallas_kernels import mosaic_machine, numpy_machine, operands, row_blocks
-from pallas_kernels.few_tokens_kernel import Arrays, few_tokens_kernel
-from pallas_kernels.few_tokens_product import (
-    BLOCK,
-    Config,
-    Product,
-    Tokens,
-    check,
-    config_for,
-    shared_words,
-    why_not,
+MOST_COLUMNS = (
+    32  # tokens that a block multiplies; more are further blocks, which read the weights again
 )
-from pallas_kernels.machine import Half
-from pallas_kernels.operands import Weights
-
-_OUT = ("bfloat16", "float16", "float32")
 
 
-def few_tokens_reference(
-    x: Shaped[Array, "m k"],
-    codes: UInt32[Array, "..."],
-    scale: Shaped[Array, "..."],
-    zero: UInt32[Array, "blocks groups 8"] | None = None,
-    *,
-    weights: Weights,
-    token_scale: Float[Array, "..."] | None = None,
-    bias: Float[Array, " n"] | None = None,
-    residual: Float[Array, "m n"] | None = None,
-    out_dtype: Any = None,
-) -> Float[Array, "m n"]:
-    """The definition, in float32, or int32 where integers meet; arguments as of :func:`few_tokens`."""
-    w = plain_codes(codes, weights)
-    k, n = w.shape
-    if token_scale is None:
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the work is cut up.
 
-        def spread(pairs):
-            values = row_blocks.untile_pairs(pairs, x.dtype).astype(jnp.float32)
-            return jnp.repeat(values, k // values.shape[0], axis=0)
-
-        centre = 0 if zero is None else spread(zero) - _lift(weights, x.dtype)
-        dense = (w.astype(jnp.float32) - centre) * spread(scale)
-        y = _matmul(x.astype(jnp.float32), dense)
-    elif scale.ndim == 2:
-        by_block = x.astype(jnp.float32).reshape(-1, k // BLOCK, BLOCK)
-        near = (by_block * token_scale[:, :, None]).reshape(-1, k)
-        spread_scale = jnp.repeat(jnp.repeat(scale, BLOCK, axis=0), BLOCK, axis=1)[:, :n]
-        y = _matmul(near, w.astype(jnp.float32) * spread_scale)
-    else:
-        wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-        y = _matmul(x.astype(wide), w.astype(wide)).astype(jnp.float32)
-        y = y * token_scale[:, None] * scale.astype(jnp.float32)
-    for term in (bias, residual):
-        y = y if term is None else y + term.astype(jnp.float32)
-    return y.astype(_out_dtype(x, out_dtype))
-
-
-def plain_codes(codes: UInt32[Array, "..."], weights: Weights) -> Shaped[Array, "*layers k n"]:
-    """Codes out of row blocks: int8 for integers."""
-    if weights == "int4":
-        return row_blocks.untile_codes(codes)
-    return row_blocks.untile_bytes(codes, jnp.dtype(weights))
-
-
-def tiled_codes(codes: Shaped[Array, "*layers k n"], weights: Weights) -> UInt32[Array, "..."]:
-    """Codes into the row blocks that the kernel takes: the inverse of :func:`plain_codes`."""
-    return row_blocks.tile_codes(codes) if weights == "int4" else row_blocks.tile_bytes(codes)
-
-
-def pack_zeros(
-    zero: Shaped[Array, "*layers groups n"], half: Half, weights: Weights
-) -> UInt32[Array, "..."]:
-    """Zeros as the kernel takes them, two to a word: what to subtract from lifted codes.
-
-    Args:
-      zero: int8 or int4 zeros.
-      half: dtype of the product.
-      weights: what the codes are; see :data:`pallas_kernels.operands.LIFTS`.
+    Attributes:
+      rows: warps beside each other, with different outputs and the same inputs.
+      slices: warps behind each other, with the same outputs and different inputs.
+      blocks: row blocks of 16 outputs that a warp owns; they share what it reads of the tokens.
+      depth: chunks of codes that are on their way.
     """
-    lifted = zero.astype(jnp.float32) + _lift(weights, half)
-    return row_blocks.tile_pairs(lifted.astype(half))
+
+    rows: int
+    slices: int
+    blocks: int = 1
+    depth: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block: whole warpgroups, the last of which may have idle warps."""
+        return 128 * -(-self.rows * self.slices // 4)
+
+    @property
+    def outputs(self) -> int:
+        """Of a block."""
+        return row_blocks.ROWS * self.rows * self.blocks
 
 
-def unpack_zeros(
-    words: UInt32[Array, "..."], half: Half, weights: Weights
-) -> Shaped[Array, "*layers groups n"]:
-    """Inverse of :func:`pack_zeros`: int8 zeros."""
-    lifted = row_blocks.untile_pairs(words, jnp.dtype(half)).astype(jnp.float32)
-    return (lifted - _lift(weights, half)).astype(jnp.int8)
+def columns(product: Product) -> int:
+    """Tokens of one block, a multiple of 8."""
+    return 8 * -(-min(product.m, MOST_COLUMNS) // 8)
 
 
-def _lift(weights: Weights, half: Any) -> int:
-    return operands.LIFTS[weights, cast(Half, str(jnp.dtype(half)))]
+def grid(product: Product, config: Config) -> tuple[int, int]:
+    """Blocks along outputs and tokens."""
+    return -(-product.n // config.outputs), -(-product.m // columns(product))
 
 
-def _matmul(x: Array, w: Array) -> Array:
-    return jnp.matmul(x, w, precision="highest")
-
-
-def few_tokens(
-    x: Shaped[Array, "m k"],
-    codes: UInt32[Array, "..."],
-    scale: Shaped[Array, "..."],
-    zero: UInt32[Array, "blocks groups 8"] | None = None,
-    *,
-    weights: Weights,
-    token_scale: Float[Array, "..."] | None = None,
-    bias: Float[Array, " n"] | None = None,
-    residual: Float[Array, "m n"] | None = None,
-    out_dtype: Any = None,
-    config: Config | None = None,
-    interpret: bool = False,
-) -> Float[Array, "m n"]:
-    """The product of the module's docstring, on a Hopper GPU.
-
-    Args:
-      x: tokens, bfloat16 or float16; or int8 or float8_e4m3fn, for weights that are the same or int4.
-        Made for up to 64 of them.
-      codes: weights in row blocks, :func:`tiled_codes`.
-      scale: with 16-bit tokens in their dtype, from :func:`pallas_kernels.row_blocks.tile_pairs`, of one
-        group or of groups of 32, 64 or 128. With 8-bit tokens floats of one output each, ``[n]``, or one
-        for all, ``[1]``; or, with float8_e4m3fn, float32 ``[k / 128, ceil(n / 128)]``.
-      zero: from :func:`pack_zeros`; None: zeros are 0. With 16-bit tokens and integer weights only.
-      weights: dtype of the codes.
-      token_scale: with 8-bit tokens, float32 ``[m]``, ``[1]`` or, with scales by block, ``[m, k / 128]``.
-      bias: added to every token.
-      residual: added to the result.
-      out_dtype: bfloat16, float16 or float32; None: that of ``x``, or float32 for 8-bit tokens.
-      config: how the work is cut up; None: what is tuned for the product, or a default.
-      interpret: execute on the CPU, with numpy, outside jit: for tests.
-
-    Returns:
-      The product, accumulated in float32 or int32 and rounded once.
+def check(product: Product, config: Config) -> None:
+    """Checks that a configuration fits a product.
 
     Raises:
-      ValueError: a shape, a dtype or a configuration that the kernel cannot take.
+      ValueError: it does not; with the numbers.
     """
-    product = _product(x, codes, scale, zero, weights, token_scale)
-    m, n = product.m, product.n
-    for name, array, shape in (("bias", bias, (n,)), ("residual", residual, (m, n))):
-        if array is not None and (array.shape != shape or str(array.dtype) not in _OUT):
-            raise ValueError(f"{name} is {array.dtype}{array.shape}, must be floats of {shape}")
-    out = jax.ShapeDtypeStruct((m, n), _out_dtype(x, out_dtype))
-    if str(out.dtype) not in _OUT:
-        raise ValueError(f"out_dtype is {out.dtype}, must be one of {', '.join(_OUT)}")
-    config = config_for(product) if config is None else config
-    check(product, config)
-    given = {
-        "x": x, "codes": codes, "scale": scale, "zero": zero, "token_scale": token_scale,
-        "bias": bias, "residual": residual,
-    }  # fmt: skip
-    present = {name: array for name, array in given.items() if array is not None}
-
-    def program(machine, *arrays):
-        named = Arrays(**dict(zip((*present, "out"), arrays, strict=True)))
-        few_tokens_kernel(machine, named, product, config)
-
-    sizes = {
-        "grid": (-(-n // config.outputs), -(-m // product.columns)),
-        "threads": config.threads,
-        "shared": shared_words(product, config),
-    }
-    if interpret:
-        result = np.full((m, n), np.nan, out.dtype)
-        arrays = [*map(np.asarray, present.values()), result]
-        numpy_machine.run(lambda machine: program(machine, *arrays), **sizes)
-        return jnp.asarray(result)
-    return mosaic_machine.launch(program, list(present.values()), out, name="few_tokens", **sizes)
+    chunks = product.k // CHUNK
+    if chunks % (config.slices * config.depth):
+        raise ValueError(
+            f"{chunks} chunks of {CHUNK} inputs are not divisible by {config.slices=} x {config.depth=}"
+        )
+    if config.threads > 1024:
+        raise ValueError(f"{config.rows=} x {config.slices=} warps are more than 1024 threads")
+    if 4 * shared_words(product, config) > SHARED_BYTES:
+        raise ValueError(f"{config} needs more than {SHARED_BYTES} bytes of shared memory")
 
 
-def _out_dtype(x: Array, out_dtype: Any) -> Any:
-    if out_dtype is not None:
-        return jnp.dtype(out_dtype)
-    return x.dtype if x.dtype.itemsize == 2 else jnp.dtype(jnp.float32)
+def shared_words(product: Product, config: Config) -> int:
+    """Words of shared memory: the sums of every warp."""
+    return config.threads // 32 * columns(product) * row_blocks.ROWS * config.blocks
 
 
-def _product(
-    x: Array,
-    codes: Array,
-    scale: Array,
-    zero: Array | None,
-    weights: Weights,
-    token_scale: Array | None,
-) -> Product:
-    """What the arguments say is to be computed; refuses what does not go together."""
-    (m, k), tokens = x.shape, str(x.dtype)
-    n, inputs = codes.shape[0] * row_blocks.ROWS, codes.shape[1] * row_blocks.COLUMNS
-    tail = (32, 4) if weights == "int4" else (2, 32, 4)
-    if codes.shape[2:] != tail:
-        raise ValueError(f"{codes.shape=} are no row blocks of {weights}, which end in {tail}")
-    if inputs != k:
-        raise ValueError(f"{x.shape=} does not fit weights of {inputs} inputs")
-    is_half = token_scale is None
-    if is_half:
-        groups = scale.shape[1]
-        group_size = None if groups == 1 else k // groups
+def default_config(product: Product, multiprocessors: int = 132) -> Config:
+    """A configuration that fits, for products that no table names.
+
+    int4: one block for each multiprocessor, with the outputs that fall to it, and as many slices as make
+    16 warps: that many hide the latency of memory and leave 128 registers to a thread. The sums of more
+    than 16 tokens need more registers: 8 warps. With 8 bits there is less to do for each byte: small
+    blocks, of 16 outputs, keep memory busier.
+    """
+    chunks = product.k // CHUNK
+    if product.weights != "int4":
+        slices = next(s for s in (8, 4, 2, 1) if chunks % s == 0)
+        return Config(
+            rows=1, slices=slices, depth=1 if product.m > 8 or chunks // slices % 2 else 2
+        )
+    warps = 16 if columns(product) <= 16 else 8
+    row_count = -(-product.n // (row_blocks.ROWS * multiprocessors))
+    blocks = 2 if product.m > 8 and row_count > 1 else 1
+    rows = min(-(-row_count // blocks), warps)
+    slices = max(s for s in range(1, warps // rows + 1) if chunks % s == 0)
+    depth = 2 if blocks == 1 and chunks // slices % 2 == 0 else 1
+    return Config(rows=rows, slices=slices, blocks=blocks, depth=depth)
+
+
+def kernel(machine: Machine, arrays: Arrays, product: Product, config: Config) -> None:
+    """One block: `rows` x `slices` warps."""
+    warps = config.rows * config.slices
+    row = machine.warp % config.rows
+    piece = machine.minimum(machine.warp // config.rows, config.slices - 1)
+    chunks = product.k // CHUNK // config.slices
+    reader = _Reader.at(machine, product, config, arrays, row, piece * chunks)
+
+    zero_sums = [_nothing(machine, product)] * (4 * config.blocks * (columns(product) // 8))
+    weights = [reader.weights(step) for step in range(config.depth)]
+
+    def unrolled(reader: _Reader, weights: list[Any], sums: list[Sum], *, more: bool):
+        for step in range(config.depth):
+            sums = _multiply_chunk(machine, product, config, reader, step, weights[step], sums)
+            if more:
+                weights[step] = reader.weights(config.depth + step)
+        return weights, sums
+
+    def body(i: Word, carry: list[Any]) -> list[Any]:
+        flat, sums = carry[: -len(zero_sums)], carry[-len(zero_sums) :]
+        size = len(flat) // config.depth
+        weights = [flat[size * step : size * (step + 1)] for step in range(config.depth)]
+        weights, sums = unrolled(reader.advanced(i * config.depth), weights, sums, more=True)
+        return [*(word for step in weights for word in step), *sums]
+
+    rounds = chunks // config.depth - 1
+    # A warp beyond the last slice has nothing to add; what it does once is not read.
+    count = machine.word(rounds) if 32 * warps == config.threads else _if(machine, warps, rounds)
+    carry = [*(word for step in weights for word in step), *zero_sums]
+    carry = machine.loop(count, carry, body) if rounds else carry
+    flat, sums = carry[: -len(zero_sums)], carry[-len(zero_sums) :]
+    size = len(flat) // config.depth
+    weights = [list(flat[size * step : size * (step + 1)]) for step in range(config.depth)]
+    last = reader.advanced(machine.word(rounds * config.depth))
+    _, sums = unrolled(last, weights, sums, more=False)
+    if product.has_half_tokens and product.group_size is None:
+        sums = reader.scaled(sums)
+    _add_slices(machine, product, config, sums, arrays)
+
+
+def _nothing(machine: Machine, product: Product) -> Sum:
+    """The sum of no products."""
+    return machine.word(0) if product.is_whole else machine.real(0.0)
+
+
+def _if(machine: Machine, warps: int, rounds: int) -> Word:
+    """`rounds` for the first `warps` warps, 0 for the others."""
+    idle = machine.minimum(machine.warp // warps, 1)
+    return (machine.word(1) + idle * 0xFFFFFFFF) * rounds
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Where a lane reads."""
+
+    machine: Machine
+    product: Product
+    codes: list[Pointer]  # of each row block
+    scales: list[list[Pointer]]  # of each row block: scales, and zeros if there are any
+    tokens: list[Pointer]  # of each eight tokens
+    token_scales: list[list[Pointer]]  # of each eight tokens: of the two whose sums the lane has
+
+    @staticmethod
+    def at(
+        machine: Machine, product: Product, config: Config, arrays: Arrays, row: Word, chunk: Word
+    ) -> "_Reader":
+        """The places at which a lane begins: its warp's row blocks, at a chunk of the inputs."""
+        lane = machine.thread % 32
+        g, quad = lane // 4, lane % 4
+        last = product.n // row_blocks.ROWS - 1
+        first = (machine.block[0] * config.rows + row) * config.blocks
+        rows = [machine.minimum(first + i, last) for i in range(config.blocks)]
+        chunks = product.k // CHUNK
+        group = chunk * (product.groups // chunks) if product.group_size else machine.word(0)
+        words = _token_words(product)
+        eights = [machine.block[1] * columns(product) + 8 * i for i in range(columns(product) // 8)]
+
+        def token(index: Word) -> Word:
+            return machine.minimum(index, product.m - 1)
+
+        def scales(r: Word) -> list[Pointer]:
+            if product.has_blocks:
+                place = group * _scale_stride(product) + r // (BLOCK // row_blocks.ROWS)
+                return [machine.pointer(arrays.scale, place)]
+            if not product.has_half_tokens:
+                return []
+            pairs = [arrays.scale] + ([arrays.zero] if product.has_zeros else [])
+            return [machine.pointer(a, (r * product.groups + group) * 8 + g) for a in pairs]
+
+        return _Reader(
+            machine=machine,
+            product=product,
+            codes=[
+                machine.pointer(
+                    arrays.codes,
+                    (r * chunks + chunk) * (32 * _code_words(product))
+                    + row_blocks.place_of(lane) * 4,
+                )
+                for r in rows
+            ],
+            scales=[scales(r) for r in rows],
+            tokens=[
+                machine.pointer(
+                    arrays.x, (token(t + g) * chunks + chunk) * words + quad * (words // 8)
+                )
+                for t in eights
+            ],
+            token_scales=[
+                [
+                    machine.pointer(arrays.token_scale, token(t + quad * 2 + e) * chunks + chunk)
+                    for e in range(2)
+                ]
+                for t in (eights if product.has_blocks else [])
+            ],
+        )
+
+    def advanced(self, chunks: Word) -> "_Reader":
+        """The same places some chunks on."""
+        words = self._groups * _scale_stride(self.product)
+        return _Reader(
+            machine=self.machine,
+            product=self.product,
+            codes=[p.advanced(chunks * (32 * _code_words(self.product))) for p in self.codes],
+            scales=[
+                [p.advanced(chunks * words) for p in ps] if words else ps for ps in self.scales
+            ],
+            tokens=[p.advanced(chunks * _token_words(self.product)) for p in self.tokens],
+            token_scales=[[p.advanced(chunks) for p in ps] for ps in self.token_scales],
+        )
+
+    @property
+    def _groups(self) -> int:
+        """Of a chunk; 0: scales are none of its business."""
+        return CHUNK // self.product.group_size if self.product.group_size else 0
+
+    def weights(self, chunk: int) -> list[Word]:
+        """Everything of the weights in a chunk: for each row block its codes, then scales and zeros."""
+        stride, loaded = _scale_stride(self.product), []
+        words = _code_words(self.product)
+        for codes, scales in zip(self.codes, self.scales, strict=True):
+            for first in range(0, words, 4):
+                loaded += codes.load(32 * (words * chunk + first), 4, once=True)
+            for pointer in scales:
+                for group in range(self._groups):
+                    loaded += pointer.load(stride * (self._groups * chunk + group), 1)
+        return loaded
+
+    def tokens_of(self, chunk: int, tile: int) -> list[list[Word]]:
+        """For each eight tokens the B operands of the products of 64 inputs, two words each."""
+        words = _token_words(self.product)
+        place = words * chunk + words // 2 * tile
+        if self.product.has_half_tokens:
+            eights = [(p.load(place, 4), p.load(place + 4, 4)) for p in self.tokens]
+            return [[word for pair in zip(*both, strict=True) for word in pair] for both in eights]
+        loaded = [pointer.load(place, 4) for pointer in self.tokens]
+        if self.product.is_whole:
+            return loaded
+        return [
+            [pair for word in words for pair in operands.e4m3_pairs(self.machine, word)]
+            for words in loaded
+        ]
+
+    def scaled(self, sums: list[Real]) -> list[Real]:
+        """Sums times the one scale of their output."""
+        zero, result = self.machine.real(0.0), []
+        per_block = len(sums) // len(self.scales)
+        for i, (scale, *_) in enumerate(self.scales):
+            (pair,) = scale.load(0, 1)
+            parts = sums[i * per_block :][:per_block]
+            factors = _pair_factors(self.machine, self.product, pair)
+            result += _scaled(self.machine, parts, factors, [zero] * per_block)
+        return result
+
+    def factors(self, chunk: int, scale: Word) -> list[Real]:
+        """What a group's sums are multiplied with; where all eights have the same, those of one."""
+        machine, product = self.machine, self.product
+        if not product.has_blocks:
+            return _pair_factors(machine, product, scale)
+        result = []
+        for pointers in self.token_scales:
+            of_tokens = [machine.as_real(pointer.load(chunk, 1)[0]) for pointer in pointers]
+            both = [machine.times(token, machine.as_real(scale)) for token in of_tokens]
+            result += both * 2
+        return result
+
+
+def _code_words(product: Product) -> int:
+    """Of a lane, in a chunk."""
+    return 2 * operands.BITS[product.weights]
+
+
+def _token_words(product: Product) -> int:
+    """Of a token, in a chunk."""
+    return CHUNK // 2 if product.has_half_tokens else CHUNK // 4
+
+
+def _scale_stride(product: Product) -> int:
+    """Words from the scales of a group to those of the next."""
+    return -(-product.n // BLOCK) if product.has_blocks else 8
+
+
+def _pair_factors(machine: Machine, product: Product, pair: Word) -> list[Real]:
+    """The scales of the four sums of a fragment: two belong to the low output, two to the high one."""
+    low, high = (machine.half_as_real(product.half, pair, which) for which in ("low", "high"))
+    return [low, low, high, high]
+
+
+def _scaled(
+    machine: Machine, parts: list[Real], factors: list[Real], sums: list[Real]
+) -> list[Real]:
+    """``sums + parts * factors``, the factors repeated."""
+    return [
+        machine.fma(part, factors[i % len(factors)], total)
+        for i, (part, total) in enumerate(zip(parts, sums, strict=True))
+    ]
+
+
+def _multiply_chunk(
+    machine: Machine,
+    product: Product,
+    config: Config,
+    reader: _Reader,
+    chunk: int,
+    weights: list[Word],
+    sums: list[Sum],
+) -> list[Sum]:
+    """Adds the products of 128 inputs with all row blocks of a warp."""
+    groups = CHUNK // product.group_size if product.group_size else 0
+    size = len(weights) // config.blocks
+    eights = columns(product) // 8
+    blank = [_nothing(machine, product)] * (4 * eights)
+    totals = [sums[4 * eights * i :][: 4 * eights] for i in range(config.blocks)]
+    parts = [list(blank) if groups else total for total in totals]
+    code_words = _code_words(product)
+    # Groups of 32 belong to half of the lanes: two passes, in which the others multiply nothing.
+    passes = 2 if product.group_size == 32 else 1
+    for tile in range(2):
+        tokens = reader.tokens_of(chunk, tile)
+        for half in range(passes):
+            group = (passes * tile + half) * groups // (2 * passes)
+            own = tokens if passes == 1 else _of_half(machine, tokens, half)
+            for i in range(config.blocks):
+                block = weights[size * i :][:size]
+                offsets = _offsets(machine, product, block[code_words:], group, reader, i)
+                for j, codes in enumerate(_steps(product, block, tile)):
+                    a = _a_operand(machine, product, codes, offsets)
+                    for t in range(eights):
+                        b, c = own[t][2 * j : 2 * j + 2], parts[i][4 * t : 4 * t + 4]
+                        part = _mma(machine, product, a, b, c)
+                        parts[i] = [*parts[i][: 4 * t], *part, *parts[i][4 * t + 4 :]]
+                if groups and (passes * tile + half + 1) * groups % (2 * passes) == 0:
+                    factors = reader.factors(chunk, block[code_words + group])
+                    totals[i] = _scaled(machine, parts[i], factors, totals[i])
+                    parts[i] = list(blank)
+    return [value for total in (totals if groups else parts) for value in total]
+
+
+def _steps(product: Product, block: list[Word], tile: int) -> list[list[Word]]:
+    """The codes of each tensor-core product of 64 inputs: of 8 bits outputs g and g + 8 in turns."""
+    words = block[_code_words(product) // 2 * tile :]
+    if product.weights == "int4":
+        steps = [[word] for word in words[:4]]
     else:
-        group_size = BLOCK if scale.ndim == 2 else None
-    reason = why_not(
-        m, k, n, weights=weights, tokens=tokens, group_size=group_size, has_zeros=zero is not None
-    )
-    if reason:
-        raise ValueError(reason)
-    product = Product(
-        m=m, k=k, n=n, group_size=group_size, weights=weights, tokens=cast(Tokens, tokens),
-        has_zeros=zero is not None, one_scale=not is_half and scale.shape == (1,),
-        one_token_scale=not is_half and token_scale.shape == (1,),
-    )  # fmt: skip
-    if product.has_half_tokens != is_half:
-        raise ValueError(f"{tokens} tokens need {'no' if is_half is False else 'a'} token_scale")
-    if not is_half:
-        _check_scales(product, scale, token_scale)
-    return product
+        steps = [[words[w], words[4 + w]] for w in range(4)]
+    return [steps[0] + steps[1], steps[2] + steps[3]] if product.is_whole else steps
 
 
-def _check_scales(product: Product, scale: Array, token_scale: Array) -> None:
-    """Refuses scales of 8-bit tokens that have another shape or dtype."""
-    if product.has_blocks:
-        blocks = product.k // BLOCK
-        expected = {(blocks, -(-product.n // BLOCK))}, {(product.m, blocks)}
+def _of_half(machine: Machine, tokens: list[list[Word]], half: int) -> list[list[Word]]:
+    """Tokens with nothing in the lanes that have the other 32 of 64 inputs."""
+    mask = (machine.thread % 4 // 2 ^ (1 - half)) * 0xFFFFFFFF
+    return [[word & mask for word in words] for words in tokens]
+
+
+def _a_operand(
+    machine: Machine, product: Product, codes: list[Word], offsets: tuple[Word | None, Word | None]
+) -> list[Word]:
+    """The A operand of one tensor-core product."""
+    if product.is_whole:
+        return operands.int8_operand(machine, product.weights, codes)
+    return operands.half_operand(machine, product.weights, product.half, codes, offsets)
+
+
+def _mma(
+    machine: Machine, product: Product, a: list[Word], b: list[Word], c: list[Sum]
+) -> list[Sum]:
+    """One tensor-core product of the kind that the operands are."""
+    return machine.mma_int8(a, b, c) if product.is_whole else machine.mma(product.half, a, b, c)
+
+
+def _offsets(
+    machine: Machine,
+    product: Product,
+    scales: list[Word],
+    group: int,
+    reader: _Reader,
+    row_block: int,
+) -> tuple[Word | None, Word | None]:
+    """What is subtracted from the codes of the low and the high output, in both halves of a word."""
+    if not product.has_zeros:
+        same = operands.constant_offset(machine, product.weights, product.half)
+        return same, same
+    if product.group_size is None:
+        (pair,) = reader.scales[row_block][1].load(0, 1)
     else:
-        expected = {(product.n,), (1,)}, {(product.m,), (1,)}
-    for name, array, shapes, dtypes in (
-        ("scale", scale, expected[0], ("float32",) if product.has_blocks else _OUT),
-        ("token_scale", token_scale, expected[1], ("float32",)),
-    ):
-        if array.shape not in shapes or str(array.dtype) not in dtypes:
-            raise ValueError(
-                f"{name} is {array.dtype}{array.shape}, must be {' or '.join(map(str, shapes))} "
-                f"of {' or '.join(dtypes)}"
-            )
+        pair = scales[CHUNK // product.group_size + group]
+    return machine.bytes_of(pair, pair, 0x1010), machine.bytes_of(pair, pair, 0x3232)
+
+
+def _add_slices(
+    machine: Machine, product: Product, config: Config, sums: list[Sum], arrays: Arrays
+) -> None:
+    """Adds up what the warps behind each other have, finishes it and stores it.
+
+    Shared memory is an array ``[warp, token, output of the warp]``.
+    """
+    own = row_blocks.ROWS * config.blocks  # outputs of a warp
+    lane = machine.thread % 32
+    g, quad = lane // 4, lane % 4
+    width, eights = columns(product), columns(product) // 8
+    for i, value in enumerate(sums):
+        row_block, eight, place = i // (4 * eights), i // 4 % eights, i % 4
+        token = quad * 2 + (8 * eight + place % 2)
+        output = g + (row_blocks.ROWS * row_block + 8 * (place // 2))
+        bits = value if product.is_whole else machine.as_word(value)
+        machine.shared_store((machine.warp * width + token) * own + output, bits)
+    machine.barrier()
+    for start in range(0, config.outputs * width, config.threads):
+        place = machine.minimum(machine.thread + start, config.outputs * width - 1)
+        token, output = place // config.outputs, place % config.outputs
+        total: list[Sum] = []
+        for piece in range(config.slices):
+            warp = output // own + piece * config.rows
+            bits = machine.shared_load((warp * width + token) * own + output % own)
+            total = epilogue.plus(machine, product, total, [bits])
+        m, n = machine.block[1] * width + token, machine.block[0] * config.outputs + output
+        inside = machine.thread + start < config.outputs * width
+        inside = inside & (m < product.m) & (n < product.n)
+        (result,) = epilogue.finished(machine, product, arrays, total, m, n)
+        machine.store(arrays.out, m * product.n + n, result, inside)

@@ -21,6 +21,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 Word = Any  # + * // % & | ^ << >> <, as uint32
 Real = Any  # opaque: only a machine computes with it
 Half = Literal["bfloat16", "float16"]  # the 16-bit floats of tensor-core products
+Operand = Literal["bfloat16", "float16", "int8", "float8_e4m3fn"]  # what wgmma multiplies
+Sum = Any  # a real, or a word that is an int32
 
 
 @runtime_checkable
@@ -58,16 +60,96 @@ class Machine(Protocol):
         """Rounds to the array's float dtype and writes, where the condition holds."""
         ...
 
+    def store_row(self, array: Any, index: Word, values: Sequence[Real], where: Word) -> None:
+        """Rounds neighbours to the array's float dtype and writes them, at a multiple of their number."""
+        ...
+
     def real_at(self, array: Any, index: Word) -> Real:
         """Reads an element of a global array of floats."""
         ...
 
-    def shared_store(self, index: Word, value: Word) -> None:
-        """Writes to the block's shared memory, an array of words."""
+    def reals_at(self, array: Any, index: Word, count: int) -> list[Real]:
+        """Reads neighbours of a global array of floats, at a multiple of their number."""
+        ...
+
+    def shared_store(self, index: Word, value: Word, offset: int = 0) -> None:
+        """Writes to the block's shared memory, an array of words, at ``index + offset``."""
         ...
 
     def shared_load(self, index: Word) -> Word:
         """Reads from it."""
+        ...
+
+    def shared_load_row(self, index: Word, count: int, offset: int = 0) -> list[Word]:
+        """Reads 2 or 4 neighbours from it, at a multiple of their number: ``index + offset``."""
+        ...
+
+    def shared_load_matrices(self, index: Word) -> list[Word]:
+        """Reads four 8 x 8 matrices of 16-bit elements, ``ldmatrix.x4`` of PTX.
+
+        Args:
+          index: lane ``8 i + row`` says where that row of matrix i begins: 4 words, at a multiple of 4.
+
+        Returns:
+          For each matrix i a word: lane ``4 g + c`` gets word c of its row g.
+        """
+        ...
+
+    def start_arrivals(self, place: Word, count: int, threads: int) -> None:
+        """Makes so many arrivals of two words of shared memory each; used after the next barrier.
+
+        An arrival has taken a turn when so many threads have arrived at it, and copies have brought it
+        as many bytes as it was told to expect. Then it begins anew.
+        """
+        ...
+
+    def arrive(self, arrival: Word, where: Word) -> None:
+        """The threads for which the condition holds arrive, with all that they have done so far."""
+        ...
+
+    def expect(self, arrival: Word, nbytes: int, where: Word) -> None:
+        """The thread for which the condition holds arrives, and tells what copies bring in all."""
+        ...
+
+    def copy_words(
+        self, place: Word, source: Pointer, count: int, arrival: Word, where: Word
+    ) -> None:
+        """Begins to copy neighbouring words of a global array to shared memory, a copy for each thread.
+
+        Args:
+          place: of shared memory; it and the source are multiples of 4.
+          source: in the global array.
+          count: of words, a multiple of 4.
+          arrival: counts them off.
+          where: which threads copy.
+        """
+        ...
+
+    def copy_tokens(
+        self,
+        place: Word,
+        array: Any,
+        token: Word,
+        column: Word,
+        tokens: int,
+        arrival: Word,
+        where: Word,
+    ) -> None:
+        """Begins to copy 128 bytes of so many tokens, as :meth:`wgmma` takes them.
+
+        Args:
+          place: of shared memory, a multiple of 256.
+          array: global ``[m, k]``; tokens beyond m are zeros.
+          token: the first.
+          column: element of a token where the 128 bytes begin.
+          tokens: how many.
+          arrival: counts off 128 bytes for each.
+          where: which one thread copies.
+        """
+        ...
+
+    def wait_for(self, arrival: Word, turn: Word) -> None:
+        """Waits for a turn of an arrival: the last one or the one before, so it is given modulo 2."""
         ...
 
     def barrier(self) -> None:
@@ -123,6 +205,10 @@ class Machine(Protocol):
         """The difference of two pairs of 16-bit floats, pair by pair."""
         ...
 
+    def half_pair_times(self, half: Half, a: Word, b: Word) -> Word:
+        """The product of two pairs of 16-bit floats, pair by pair."""
+        ...
+
     def bytes_of(self, a: Word, b: Word, places: int) -> Word:
         """Four bytes out of eight.
 
@@ -168,4 +254,34 @@ class Machine(Protocol):
           b: twice four: column g at rows 4 c to 4 c + 3, the second 16 rows further on.
           c: four int32, placed as those of :meth:`mma`.
         """
+        ...
+
+    def wgmma(
+        self,
+        kind: Operand,
+        a: Sequence[Sequence[Word]],
+        tile: Word,
+        step: int,
+        sums: Sequence[Sequence[Sum]],
+    ) -> list[list[Sum]]:
+        """Begins a warpgroup's products ``A_i [64, 32 bytes] . B [32 bytes, tokens] + C_i``, ``wgmma``.
+
+        What it returns may be C of further products at once, and is for other use after :meth:`wait`.
+        The same holds for the place of B.
+
+        Args:
+          kind: dtype of A and B: 16 inputs of 16 bits or 32 of 8. int8 has int32 sums.
+          a: for each i four words, as in :meth:`mma` and :meth:`mma_int8`; warp w of the four holds rows
+            16 w to 16 w + 15.
+          tile: word of shared memory, a multiple of 256, where 128 bytes of each token begin, of which B
+            is a part, transposed. Token t has 32 words; its j-th 16 bytes are the four words from
+            ``4 * (j ^ t % 8)``.
+          step: B is bytes 32 step to 32 step + 31.
+          sums: for each i the C; lane ``4 g + c`` holds, for each 8 tokens, rows g, g, g + 8, g + 8 at
+            tokens 2 c, 2 c + 1, 2 c, 2 c + 1.
+        """
+        ...
+
+    def wait(self, pending: int, sums: Sequence[Sequence[Sum]]) -> list[list[Sum]]:
+        """Waits until at most so many of the last :meth:`wgmma` are under way; returns their sums."""
         ...

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
-from pallas_kernels.machine import Half
+from pallas_kernels.machine import Half, Operand
 
 _PTX_HALF = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -44,9 +44,9 @@ def launch(
 
     def body(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def emit(_: Any, *refs: ir.Value) -> None:
+        def emit(context: Any, *refs: ir.Value) -> None:
             *arrays, scratch = refs
-            program(MosaicMachine(scratch, grid), *arrays)
+            program(MosaicMachine(context, scratch, grid), *arrays)
 
         emit(*refs)
 
@@ -74,6 +74,10 @@ def _i64() -> ir.Type:
 
 def _f32() -> ir.Type:
     return ir.F32Type.get()
+
+
+def _index(word: "MosaicWord") -> ir.Value:
+    return arith.index_castui(ir.IndexType.get(), word.value)
 
 
 def _integer(value: int, type_: ir.Type) -> ir.Value:
@@ -181,14 +185,16 @@ def _address(array: ir.Value) -> ir.Value:
 class MosaicMachine:
     """One block of threads; see :class:`pallas_kernels.machine.Machine`."""
 
-    def __init__(self, shared: ir.Value, grid: tuple[int, int]):
+    def __init__(self, context: Any, shared: ir.Value, grid: tuple[int, int]):
         """Begins to emit at MLIR's current place.
 
         Args:
+          context: Mosaic's of the launch.
           shared: memref of the block's shared memory, of words.
           grid: blocks along each axis; the launch has them in one row, the second axis fastest, so that
             blocks of the same weights run at the same time.
         """
+        self._context = context
         self._shared = utils.memref_ptr(shared)
         self.thread = MosaicWord(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)))
         self.warp = MosaicWord(utils.warp_idx(sync=True))
@@ -209,6 +215,27 @@ class MosaicMachine:
             llvm.store(rounded, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
             scf.yield_([])
 
+    def store_row(
+        self, array: ir.Value, index: MosaicWord, values: Sequence[ir.Value], where: MosaicWord
+    ) -> None:
+        """A predicated store of vectors, 16 bytes at most in one instruction."""
+        dtype = ir.MemRefType(array.type).element_type
+        size = 4 if dtype == _f32() else 2
+        address = arith.addi(_address(array), _bytes(index, size))
+        branch = scf.IfOp(where.value)
+        with ir.InsertionPoint(branch.then_block):
+            most = 16 // size
+            for start in range(0, len(values), most):
+                piece = values[start : start + most]
+                row = llvm.mlir_undef(ir.VectorType.get((len(piece),), dtype))
+                for i, value in enumerate(piece):
+                    rounded = value if dtype == _f32() else arith.truncf(dtype, value)
+                    row = llvm.insertelement(row, rounded, _integer(i, _i32()))
+                place = arith.addi(address, _integer(size * start, _i64()))
+                pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), place)
+                llvm.store(row, pointer, alignment=size * len(piece))
+            scf.yield_([])
+
     def real_at(self, array: ir.Value, index: MosaicWord) -> ir.Value:
         """One load, and what makes a float32 of it."""
         dtype = ir.MemRefType(array.type).element_type
@@ -217,20 +244,125 @@ class MosaicMachine:
         value = llvm.load(dtype, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
         return value if dtype == _f32() else arith.extf(_f32(), value)
 
-    def _shared_place(self, index: MosaicWord) -> ir.Value:
-        dynamic = -(2**31)  # MLIR's mark for an index that is a value
-        none = llvm.GEPNoWrapFlags.none
-        return llvm.getelementptr(
-            self._shared.type, self._shared, [index.value], [dynamic], _i32(), none
-        )
+    def reals_at(self, array: ir.Value, index: MosaicWord, count: int) -> list[ir.Value]:
+        """Loads of 16 bytes at most, and what makes float32 of them."""
+        dtype = ir.MemRefType(array.type).element_type
+        size = 4 if dtype == _f32() else 2
+        address, most = arith.addi(_address(array), _bytes(index, size)), 16 // size
+        values = []
+        for start in range(0, count, most):
+            length = min(most, count - start)
+            place = arith.addi(address, _integer(size * start, _i64()))
+            pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), place)
+            row = llvm.load(ir.VectorType.get((length,), dtype), pointer, alignment=size * length)
+            values += [llvm.extractelement(row, _integer(i, _i32())) for i in range(length)]
+        return values if dtype == _f32() else [arith.extf(_f32(), value) for value in values]
 
-    def shared_store(self, index: MosaicWord, value: MosaicWord) -> None:
+    def _shared_place(self, index: MosaicWord, offset: int = 0) -> ir.Value:
+        """A constant offset becomes a part of the instruction."""
+        dynamic = -(2**31)  # MLIR's mark for an index that is a value
+        none, type_ = llvm.GEPNoWrapFlags.none, self._shared.type
+        place = llvm.getelementptr(type_, self._shared, [index.value], [dynamic], _i32(), none)
+        return llvm.getelementptr(type_, place, [], [offset], _i32(), none) if offset else place
+
+    def shared_store(self, index: MosaicWord, value: MosaicWord, offset: int = 0) -> None:
         """One store."""
-        llvm.store(value.value, self._shared_place(index))
+        llvm.store(value.value, self._shared_place(index, offset))
 
     def shared_load(self, index: MosaicWord) -> MosaicWord:
         """One load."""
         return MosaicWord(llvm.load(_i32(), self._shared_place(index)))
+
+    def shared_load_row(self, index: MosaicWord, count: int, offset: int = 0) -> list[MosaicWord]:
+        """One vector load."""
+        row_type = ir.VectorType.get((count,), _i32())
+        row = llvm.load(row_type, self._shared_place(index, offset), alignment=4 * count)
+        return [MosaicWord(llvm.extractelement(row, _integer(i, _i32()))) for i in range(count)]
+
+    def _shared_address(self, index: MosaicWord) -> ir.Value:
+        """As the 32-bit address of PTX's `shared` window."""
+        return llvm.ptrtoint(_i32(), self._shared_place(index))
+
+    def shared_load_matrices(self, index: MosaicWord) -> list[MosaicWord]:
+        """One instruction."""
+        text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
+        result = llvm.StructType.get_literal([_i32()] * 4)
+        address = self._shared_address(index)
+        out: Any = llvm.inline_asm(
+            result, [address], text, "=r,=r,=r,=r,r,~{memory}", has_side_effects=True
+        )
+        return [MosaicWord(llvm.extractvalue(_i32(), out, [i])) for i in range(4)]
+
+    def start_arrivals(self, place: MosaicWord, count: int, threads: int) -> None:
+        """Barriers in shared memory."""
+        first = self.thread < 1
+        for i in range(count):
+            address = self._shared_address(place + 2 * i)
+            _order_where(first, f"mbarrier.init.shared::cta.b64 [$0], {threads};", [address], "r")
+        _order("fence.mbarrier_init.release.cluster;", [], "~{memory}")
+        _order("fence.proxy.async.shared::cta;", [], "~{memory}")
+
+    def arrive(self, arrival: MosaicWord, where: MosaicWord) -> None:
+        """One predicated instruction."""
+        text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
+        _order_where(where, text, [self._shared_address(arrival)], "r")
+
+    def expect(self, arrival: MosaicWord, nbytes: int, where: MosaicWord) -> None:
+        """One predicated instruction."""
+        text = f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {nbytes};"
+        _order_where(where, text, [self._shared_address(arrival)], "r")
+
+    def copy_words(
+        self,
+        place: MosaicWord,
+        source: MosaicPointer,
+        count: int,
+        arrival: MosaicWord,
+        where: MosaicWord,
+    ) -> None:
+        """One predicated instruction."""
+        text = (
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+            f"[$0], [$1], {4 * count}, [$2];"
+        )
+        operands = [self._shared_address(place), source.address, self._shared_address(arrival)]
+        _order_where(where, text, operands, "r,l,r")
+
+    def copy_tokens(
+        self,
+        place: MosaicWord,
+        array: ir.Value,
+        token: MosaicWord,
+        column: MosaicWord,
+        tokens: int,
+        arrival: MosaicWord,
+        where: MosaicWord,
+    ) -> None:
+        """The tensor memory accelerator, by Mosaic's hand: it has the descriptor made on the host."""
+        dtype = ir.MemRefType(array.type).element_type
+        columns = 128 // utils.bytewidth(dtype)
+        tile = ir.MemRefType.get((tokens, columns), dtype, memory_space=utils.smem())
+        self._context.async_copy(
+            src_ref=array,
+            dst_ref=utils.ptr_as_memref(self._shared_place(place), tile),
+            gmem_slice=(
+                utils.DynamicSlice(_index(token), tokens),
+                utils.DynamicSlice(_index(column), columns),
+            ),
+            barrier=self._arrival(arrival),
+            swizzle=128,
+            arrive=False,
+            predicate=where.value,
+        )
+
+    def _arrival(self, arrival: MosaicWord) -> utils.BarrierRef:
+        zero = _integer(0, _i32())
+        return utils.BarrierRef(self._shared_place(arrival), zero, zero, 1)
+
+    def wait_for(self, arrival: MosaicWord, turn: MosaicWord) -> None:
+        """A loop around an instruction that waits for some time."""
+        one = ir.IntegerType.get_signless(1)
+        self._arrival(arrival).wait_parity(arith.trunci(one, turn.value))
 
     def barrier(self) -> None:
         """Of all threads of the block."""
@@ -291,6 +423,11 @@ class MosaicMachine:
         text = f"sub.rn.{_PTX_HALF[half]}x2 $0, $1, $2;"
         return MosaicWord(_asm(_i32(), [a.value, b.value], text, "=r,r,r"))
 
+    def half_pair_times(self, half: Half, a: MosaicWord, b: MosaicWord) -> MosaicWord:
+        """One instruction for the pair."""
+        text = f"mul.rn.{_PTX_HALF[half]}x2 $0, $1, $2;"
+        return MosaicWord(_asm(_i32(), [a.value, b.value], text, "=r,r,r"))
+
     def bytes_of(self, a: MosaicWord, b: MosaicWord, places: int) -> MosaicWord:
         """A permutation of bytes."""
         text = f"prmt.b32 $0, $1, $2, {places:#06x};"
@@ -342,6 +479,94 @@ class MosaicMachine:
         operands = [word.value for word in (*a, *b, *c)]
         out = _asm(result, operands, text, ",".join(["=r"] * 4 + ["r"] * 10))
         return [MosaicWord(llvm.extractvalue(_i32(), out, [i])) for i in range(4)]
+
+    def wgmma(
+        self,
+        kind: Operand,
+        a: Sequence[Sequence[MosaicWord]],
+        tile: MosaicWord,
+        step: int,
+        sums: Sequence[Sequence[Any]],
+    ) -> list[list[Any]]:
+        """One instruction for each i, and the commit of them together."""
+        # Registers of A and C must be written before the fence; what LLVM takes for pure it could move.
+        flat = [_raw(v) for values in (*a, *sums) for v in values]
+        flat = _pinned("wgmma.fence.sync.aligned;", flat)
+        a_flat, c_flat = flat[: 4 * len(a)], flat[4 * len(a) :]
+        descriptor, count = self._descriptor(tile, step), len(sums[0])
+        results = [
+            _wgmma(kind, a_flat[4 * i :][:4], descriptor, c_flat[count * i :][:count])
+            for i in range(len(a))
+        ]
+        _order("wgmma.commit_group.sync.aligned;", [], "")
+        return [[_wrapped(value) for value in values] for values in results]
+
+    def _descriptor(self, tile: MosaicWord, step: int) -> ir.Value:
+        """Of a K-major tile whose rows are 128 bytes, swizzled: 8 rows are 1024 bytes apart."""
+        sixteens = (MosaicWord(self._shared_address(tile)) & 0x3FFFF) >> 4
+        start = arith.extui(_i64(), (sixteens + 2 * step).value)
+        fixed = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
+        return arith.ori(start, _integer(fixed, _i64()))
+
+    def wait(self, pending: int, sums: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """What is returned passes through the instruction, so that no use of it comes before."""
+        flat = [_raw(value) for values in sums for value in values]
+        flat = _pinned(f"wgmma.wait_group.sync.aligned {pending};", flat)
+        count = len(sums[0])
+        return [
+            [_wrapped(value) for value in flat[i : i + count]] for i in range(0, len(flat), count)
+        ]
+
+
+def _order(text: str, operands: Sequence[ir.Value], constraints: str) -> None:
+    """An instruction that keeps its place among others with side effects."""
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, list(operands), text, constraints, has_side_effects=True)
+
+
+def _order_where(
+    where: MosaicWord, text: str, operands: Sequence[ir.Value], constraints: str
+) -> None:
+    """The same for threads for which a condition holds: without a branch, so warps stay together."""
+    condition = arith.extui(_i32(), where.value)
+    guarded = f"{{ .reg .pred p; setp.ne.b32 p, ${len(operands)}, 0; @p {text} }}"
+    _order(guarded, [*operands, condition], f"{constraints},r,~{{memory}}")
+
+
+def _pinned(text: str, values: Sequence[ir.Value]) -> list[Any]:
+    """An instruction through which values pass unchanged: they are computed before, and used after it."""
+    kinds = ["f" if value.type == _f32() else "r" for value in values]
+    constraints = ",".join([f"={kind}" for kind in kinds] + [str(i) for i in range(len(kinds))])
+    result = llvm.StructType.get_literal([value.type for value in values])
+    out: Any = llvm.inline_asm(result, list(values), text, constraints, has_side_effects=True)
+    return [llvm.extractvalue(value.type, out, [i]) for i, value in enumerate(values)]
+
+
+def _wgmma(
+    kind: Operand, a: Sequence[ir.Value], descriptor: ir.Value, c: Sequence[ir.Value]
+) -> list[Any]:
+    """``C + A . B``, under way when it returns."""
+    count, type_ = len(c), c[0].type
+    names = [f"${i}" for i in range(2 * count + 5)]
+    accumulators, rest = ",".join(names[:count]), names[2 * count :]
+    shape = f"m64n{2 * count}k{16 if kind in _PTX_HALF else 32}"
+    dtypes, options = {
+        "bfloat16": ("f32.bf16.bf16", ", 1, 1, 1, 0"),
+        "float16": ("f32.f16.f16", ", 1, 1, 1, 0"),
+        "int8": ("s32.s8.s8", ", 1"),
+        "float8_e4m3fn": ("f32.e4m3.e4m3", ", 1, 1, 1"),
+    }[kind]
+    text = (
+        f"wgmma.mma_async.sync.aligned.{shape}.{dtypes} "
+        f"{{{accumulators}}}, {{{','.join(rest[:4])}}}, {rest[4]}{options};"
+    )
+    register = "f" if type_ == _f32() else "r"
+    constraints = [f"={register}"] * count + [str(i) for i in range(count)] + ["r"] * 4 + ["l"]
+    result = llvm.StructType.get_literal([type_] * count)
+    out: Any = llvm.inline_asm(
+        result, [*c, *a, descriptor], text, ",".join(constraints), has_side_effects=True
+    )
+    return [llvm.extractvalue(type_, out, [i]) for i in range(count)]
 
 
 def _raw(value: Any) -> ir.Value:

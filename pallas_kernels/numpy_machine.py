@@ -3,14 +3,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8, UInt32
 
-from pallas_kernels.machine import Half
+from pallas_kernels.machine import Half, Operand
 
 _DTYPES = {"bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
 
@@ -76,7 +76,13 @@ class NumpyMachine:
         self.active = np.ones(threads, bool)
         self._shared = np.zeros(shared, np.uint32)
         self._written = np.zeros(shared, bool)
-        self._writers: dict[int, int] = {}
+        self._writers: dict[int, int] = {}  # of words that only they see: since the last barrier
+        self._arrivals: dict[int, Arrival] = {}  # by their place
+        self._unpublished: set[int] = set()
+        self._under_way: list[set[int]] = []  # what each product reads that is not waited for
+        self._waited: list[
+            set[int]
+        ] = []  # by the threads themselves; by all of them after a barrier
 
     def pointer(self, array: np.ndarray, word: Words) -> NumpyPointer:
         """A place in the bits of an array."""
@@ -100,27 +106,151 @@ class NumpyMachine:
             raise IndexError(f"element {index.max()} of an array of {array.size}")
         return array.reshape(-1)[index].astype(np.float32)
 
-    def shared_store(self, index: Words, value: Words) -> None:
+    def store_row(
+        self, array: np.ndarray, index: Words, values: Sequence[Reals], where: Any
+    ) -> None:
+        """Writes; refuses rows that are not aligned."""
+        if np.any(index[where] % len(values)):
+            raise IndexError(f"a row of {len(values)} at {index[where][0]}")
+        for i, value in enumerate(values):
+            self.store(array, index + np.uint32(i), value, where)
+
+    def reals_at(self, array: np.ndarray, index: Words, count: int) -> list[Reals]:
+        """Reads; refuses rows that are not aligned."""
+        if np.any(index % count):
+            raise IndexError(f"a row of {count} at {index[index % count != 0][0]}")
+        return [self.real_at(array, index + np.uint32(i)) for i in range(count)]
+
+    def shared_store(self, index: Words, value: Words, offset: int = 0) -> None:
         """Writes; refuses places that another thread has written since the last barrier."""
+        index = index + np.uint32(offset)
+        self._check_free(index)
+        self._write(index, value)
+
+    def _check_free(self, index: np.ndarray) -> None:
+        places = set(index.tolist())
+        if any(places & read for read in (*self._under_way, *self._waited)):
+            raise ValueError("shared memory is written that a wgmma may still be reading")
+
+    def _write(self, index: Words, word: Words) -> None:
         for place, thread in zip(index.tolist(), self.thread.tolist(), strict=True):
             if self._writers.setdefault(place, thread) != thread:
                 raise ValueError(
                     f"threads {self._writers[place]} and {thread} race for word {place}"
                 )
-        self._shared[index] = value
+        self._unpublished.update(index.tolist())
+        self._shared[index] = word
         self._written[index] = True
 
     def shared_load(self, index: Words) -> Words:
         """Reads; refuses what was written since the last barrier, or never."""
-        if self._writers.keys() & set(index.tolist()):
+        places = index.reshape(-1).tolist()
+        if self._writers.keys() & set(places):
             raise ValueError("shared memory is read without a barrier after it was written")
         if not self._written[index].all():
             raise ValueError("shared memory is read that nobody has written")
         return self._shared[index]
 
+    def shared_load_row(self, index: Words, count: int, offset: int = 0) -> list[Words]:
+        """Reads; refuses rows that are not aligned."""
+        index = index + np.uint32(offset)
+        if np.any(index % count):
+            raise IndexError(f"a row of {count} words of shared memory at {index[0]}")
+        return [self.shared_load(index + np.uint32(i)) for i in range(count)]
+
+    def shared_load_matrices(self, index: Words) -> list[Words]:
+        """Reads the rows that other lanes name."""
+        if np.any(index % 4):
+            raise IndexError(f"a row of 4 words of shared memory at {index[index % 4 != 0][0]}")
+        lane = self.thread % 32
+        rows = [index[self.thread - lane + 8 * i + lane // 4] for i in range(4)]
+        return [self.shared_load(row + lane % 4) for row in rows]
+
+    def start_arrivals(self, place: Words, count: int, threads: int) -> None:
+        """Refuses places that differ: one thread does it."""
+        if np.any(place != place[0]):
+            raise ValueError("threads start arrivals at different places")
+        for arrival in range(int(place[0]), int(place[0]) + 2 * count, 2):
+            self._arrivals[arrival] = Arrival(threads)
+
+    def arrive(self, arrival: Words, where: Any) -> None:
+        """Notes what the threads have waited for: it may be written over once the turn is waited for."""
+        for place, count in zip(*np.unique(arrival[where], return_counts=True), strict=True):
+            self._arrivals[int(place)].arrive(int(count), self._waited)
+
+    def expect(self, arrival: Words, nbytes: int, where: Any) -> None:
+        """Refuses an arrival whose last turn nobody has waited for."""
+        for place in arrival[where].tolist():
+            if self._arrivals[place].expected:
+                raise ValueError("an arrival is told again what to expect before it was waited for")
+            self._arrivals[place].expected = nbytes
+            self._arrivals[place].arrive(1, [])
+
+    def copy_words(
+        self, place: Words, source: NumpyPointer, count: int, arrival: Words, where: Any
+    ) -> None:
+        """Reads at once; writes when it is waited for."""
+        for thread in np.flatnonzero(where):
+            first, start = int(source.index[thread]), int(place[thread])
+            if start % 4 or first % 4 or count % 4:
+                raise IndexError(f"{count} words from {first} to {start} of shared memory")
+            if first + count > source.array.size:
+                raise IndexError(f"words to {first + count} of an array of {source.array.size}")
+            self._begin(
+                arrival[thread], start + np.arange(count), source.array[first : first + count]
+            )
+
+    def copy_tokens(
+        self, place: Words, array: np.ndarray, token: Words, column: Words, tokens: int,
+        arrival: Words, where: Any,
+    ) -> None:  # fmt: skip
+        """Reads at once; writes when it is waited for."""
+        words = np.ascontiguousarray(array).view(np.uint32)
+        for thread in np.flatnonzero(where):
+            start, first = int(place[thread]), int(token[thread])
+            if start % 256:
+                raise IndexError(f"tokens at {start} of shared memory, must be a multiple of 256")
+            left = int(column[thread]) * array.dtype.itemsize // 4
+            rows = np.zeros((tokens, 32), np.uint32)
+            present = words[first : first + tokens, left : left + 32]
+            rows[: len(present)] = present
+            t, j = np.arange(tokens)[:, None], np.arange(32)
+            places = start + 32 * t + 4 * ((j // 4) ^ t % 8) + j % 4
+            self._begin(arrival[thread], places.reshape(-1), rows.reshape(-1))
+
+    def _begin(self, arrival: Any, places: np.ndarray, words: np.ndarray) -> None:
+        self._check_free(places)
+        self._written[places] = False
+        self._arrivals[int(arrival)].copies.append((places, words))
+
+    def wait_for(self, arrival: Words, turn: Words) -> None:
+        """Refuses to wait for ever."""
+        for place in np.unique(arrival):
+            turns = np.unique(turn[arrival == place] % 2)
+            waited = self._arrivals[int(place)]
+            if waited.arrived:
+                waited.finish(self)
+            if len(turns) != 1 or waited.turns % 2 == turns[0]:
+                raise ValueError(
+                    f"turn {turns} of an arrival that has had {waited.turns} is waited for"
+                )
+            free = [id(read) for read in waited.reads]
+            self._waited = [read for read in self._waited if id(read) not in free]
+
+    def arrived(self, places: np.ndarray, words: np.ndarray) -> None:
+        """What a copy brought, all threads that waited for it see."""
+        self._check_free(places)
+        self._shared[places] = words
+        self._written[places] = True
+
+    def publish(self) -> None:
+        """Takes note."""
+        self._unpublished.clear()
+
     def barrier(self) -> None:
-        """Makes writes visible."""
+        """Makes writes visible, and frees what products that were waited for have read."""
         self._writers.clear()
+        self._waited.clear()
 
     def word(self, value: int) -> Words:
         """A constant."""
@@ -142,8 +272,12 @@ class NumpyMachine:
         for i in range(int(count.max(initial=0))):
             with self._only(i < count):
                 new = body(self.word(i), state)
-                state = [np.where(self.active, n, s) for n, s in zip(new, state, strict=True)]
+                state = [self._chosen(n, s) for n, s in zip(new, state, strict=True)]
         return state
+
+    def _chosen(self, new: Any, old: Any) -> Any:
+        """The new value for active threads; sums under way are the same for all of them."""
+        return new if isinstance(new, Pending) else np.where(self.active, new, old)
 
     @contextlib.contextmanager
     def _only(self, where: Any) -> Iterator[None]:
@@ -179,6 +313,11 @@ class NumpyMachine:
     def half_pair_minus(self, half: Half, a: Words, b: Words) -> Words:
         """Pair by pair."""
         wide = _halves(half, a).astype(np.float32) - _halves(half, b).astype(np.float32)
+        return _joined(half, wide)
+
+    def half_pair_times(self, half: Half, a: Words, b: Words) -> Words:
+        """Pair by pair."""
+        wide = _halves(half, a).astype(np.float32) * _halves(half, b).astype(np.float32)
         return _joined(half, wide)
 
     def bytes_of(self, a: Words, b: Words, places: int) -> Words:
@@ -234,6 +373,110 @@ class NumpyMachine:
             total[warp, g + 8 * (i // 2), 2 * quad + i % 2] = c[i]
         total = total + (left @ right).astype(dtype)
         return [total[warp, g + 8 * (i // 2), 2 * quad + i % 2] for i in range(4)]
+
+    def wgmma(
+        self,
+        kind: Operand,
+        a: Sequence[Sequence[Words]],
+        tile: Words,
+        step: int,
+        sums: Sequence[Sequence[Any]],
+    ) -> list[list["Pending"]]:
+        """Multiplies at once, and remembers what must not change until it is waited for."""
+        tokens = 2 * len(sums[0])
+        starts = tile.reshape(-1, 128)  # a warpgroup a row
+        if np.any(starts != starts[:, :1]) or np.any(starts % 256):
+            raise IndexError(f"tiles begin at {starts[:, 0]}: one multiple of 256 a warpgroup")
+        token, word = np.arange(tokens)[:, None], np.arange(8)
+        inside = 32 * token + 4 * ((2 * step + word // 4) ^ token % 8) + word % 4
+        places = starts[:, :1, None] + inside  # warpgroup, token, word
+        read = set(places.reshape(-1).tolist())
+        if read & (self._unpublished | self._writers.keys()):
+            raise ValueError("wgmma reads shared memory that was not published before a barrier")
+        if not self._written[places].all():
+            raise ValueError("wgmma reads shared memory that nobody has written")
+        self._under_way.append(read)
+        right = _elements(kind, self._shared[places].reshape(-1))
+        right = np.repeat(right.reshape(len(places), tokens, -1), 4, axis=0).swapaxes(1, 2)
+        return [
+            [Pending(total) for total in self._warpgroup_product(kind, fragment, right, values)]
+            for fragment, values in zip(a, sums, strict=True)
+        ]
+
+    def _warpgroup_product(
+        self, kind: Operand, a: Sequence[Words], right: np.ndarray, sums: Sequence[Any]
+    ) -> list[Any]:
+        lane = self.thread.astype(np.int64) % 32
+        warp, g, quad = self.warp.astype(np.int64), lane // 4, lane % 4
+        rows = [_elements(kind, word) for word in a]
+        run = rows[0].shape[-1]
+        left = np.empty((len(lane) // 32, 16, 8 * run), right.dtype)
+        for i, row in enumerate(rows):
+            for e in range(run):
+                left[warp, g + 8 * (i % 2), run * quad + e + 4 * run * (i // 2)] = row[:, e]
+        product = left @ right  # warp, row, token
+        product = product.view(np.uint32) if kind == "int8" else product
+        result = []
+        for i, value in enumerate(sums):
+            token = 8 * (i // 4) + 2 * quad + i % 2
+            value = value.value if isinstance(value, Pending) else value
+            result.append(value + product[warp, g + 8 * (i // 2 % 2), token])
+        return result
+
+    def wait(self, pending: int, sums: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Turns sums into numbers once nothing is under way."""
+        done = max(len(self._under_way) - pending, 0)
+        self._waited += self._under_way[:done]
+        self._under_way = self._under_way[done:]
+        if pending:
+            return [list(values) for values in sums]
+        return [[v.value if isinstance(v, Pending) else v for v in values] for values in sums]
+
+
+@dataclass
+class Arrival:
+    """What threads and copies are waited for through."""
+
+    threads: int
+    turns: int = 0
+    arrived: int = 0
+    expected: int = 0
+    copies: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    reads: list[set[int]] = field(default_factory=list)
+
+    def arrive(self, threads: int, reads: list[set[int]]) -> None:
+        """Counts threads; they are done with what they have read."""
+        self.arrived += threads
+        self.reads = [*reads]
+
+    def finish(self, machine: NumpyMachine) -> None:
+        """Brings everything, and begins anew."""
+        if self.arrived != self.threads:
+            raise ValueError(f"{self.arrived} threads arrive where {self.threads} are waited for")
+        brought = 4 * sum(len(words) for _, words in self.copies)
+        if brought != self.expected:
+            raise ValueError(f"an arrival expects {self.expected} bytes, copies bring {brought}")
+        for places, words in self.copies:
+            machine.arrived(places, words)
+        self.turns, self.arrived, self.expected, self.copies = self.turns + 1, 0, 0, []
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A sum that is under way: no number until it is waited for."""
+
+    value: Any
+
+
+def _elements(kind: Operand, word: Words) -> np.ndarray:
+    """The numbers in words, along a last axis: float32, or int32."""
+    if kind == "bfloat16" or kind == "float16":
+        return _halves(kind, word).astype(np.float32)
+    values = _bytes(word)
+    if kind == "int8":
+        return values.view(np.int8).astype(np.int32)
+    return values.view(jnp.float8_e4m3fn).astype(np.float32)
 
 
 def _bytes(word: Words) -> UInt8[np.ndarray, "threads 4"]:

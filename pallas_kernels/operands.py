@@ -63,7 +63,7 @@ def half_operand(
       machine: emits the instructions.
       weights: what the codes are.
       half: dtype of the operand.
-      words: of the layout, one of int4 or two (p = 0, 1 are rows g and g + 8) of 8 bits.
+      words: of the layout, one of int4 or two (of rows g and g + 8) of 8 bits.
       offsets: lifted zeros of rows g and g + 8, in both halves of a word; see `LIFTS`.
     """
     if weights == "int4":
@@ -79,20 +79,13 @@ def int8_operand(machine: Machine, weights: Weights, words: Sequence[Word]) -> l
     Args:
       machine: emits the instructions.
       weights: what the codes are.
-      words: of the layout, four of int8 or two (j = 0, 1) of int4. Those hold a row in every second
-        nibble, inputs 0, 2, 1, 3 of each four: :func:`int8_tokens` puts tokens into that order.
+      words: of the layout, four of int8 (of rows g and g + 8 in turns) or two of int4. Those hold a row
+        in every second nibble: :func:`pallas_kernels.row_blocks.ordered_tokens` knows the order.
     """
     if weights == "int8":
         return list(words)
     sign = machine.word(0x80808080)  # unsigned to two's complement
     return [machine.lifted(row, 0xF0F0F0F0, sign) for word in words for row in (word << 4, word)]
-
-
-def int8_tokens(machine: Machine, weights: Weights, words: Sequence[Word]) -> list[Word]:
-    """B operands for :func:`int8_operand`."""
-    if weights == "int8":
-        return list(words)
-    return [machine.bytes_of(word, word, 0x3120) for word in words]
 
 
 def e4m3_pairs(machine: Machine, word: Word) -> list[Word]:

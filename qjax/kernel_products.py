@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import device, few_tokens
+from pallas_kernels import configs, device
 from pallas_kernels.operands import Weights
+from pallas_kernels.product import Product
+from pallas_kernels.quantized_matmul import quantized_matmul
 from qjax import activations, qtensor
 from qjax.qtensor import QTensor
-
-MOST_ROWS = 64  # of activations; above, reading the weights is no longer what takes the time
 
 Tree = TypeVar("Tree")
 
@@ -66,9 +66,27 @@ def why_not(x: Any, w: Any, numbers: Any) -> str | None:
     if w.activations is None and str(x.dtype) != w.layout.tokens:
         return f"activations are {x.dtype}, the scales are {w.layout.tokens}"
     rows = x.size // x.shape[-1] if x.size else 0
-    if not 1 <= rows <= MOST_ROWS:
-        return f"{rows} rows of activations, it is for 1 to {MOST_ROWS}"
-    return None
+    return None if _takes(rows, w) else f"{rows} rows of activations, it is for 1 to {most_rows(w)}"
+
+
+def most_rows(w: QTensor) -> int | None:
+    """Rows of activations up to which a kernel is faster than XLA; None: however many.
+
+    Args:
+      w: weight that a kernel takes (:func:`qjax.qtensor.why_no_kernel`), arranged or not.
+    """
+    k, n = w.shape[-2:]
+    return configs.most_tokens(
+        Product(
+            m=1, k=k, n=n, group_size=w.group_size, weights=cast(Weights, w.format.storage),
+            tokens=cast(Any, qtensor.kernel_tokens(w)),
+        )
+    )  # fmt: skip
+
+
+def _takes(rows: int, w: QTensor) -> bool:
+    most = most_rows(w)
+    return rows >= 1 and (most is None or rows <= most)
 
 
 def product(
@@ -100,7 +118,7 @@ def _product(
             one = (lambda pair: batchable(*pair)) if is_batched[0] else (lambda w: batchable(x, w))
             return jax.lax.map(one, (x, w) if is_batched[0] else w), True
         rows = x.reshape(-1, x.shape[-1])
-        y = many(rows, w, dtype) if len(rows) > MOST_ROWS else batchable(rows, w)
+        y = batchable(rows, w) if _takes(len(rows), w) else many(rows, w, dtype)
         return y.reshape(*x.shape[:-1], -1), True
 
     batchable.def_vmap(batched)
@@ -111,14 +129,12 @@ def _launched(x: Float[Array, "m k"], w: QTensor, *, dtype: Any) -> Float[Array,
     """The kernel itself."""
     weights = cast(Weights, w.format.storage)
     if w.activations is None:
-        return few_tokens.few_tokens(
-            x, w.codes, w.scale, w.zero, weights=weights, out_dtype=dtype
-        )  # fmt: skip
+        return quantized_matmul(x, w.codes, w.scale, w.zero, weights=weights, out_dtype=dtype)
     quantized = activations.quantize(x, w.activations, (-1,))
     scale, token_scale = w.scale, quantized.scale
     if w.group_size is None:
         scale, token_scale = scale.reshape(-1), token_scale.reshape(-1)
-    return few_tokens.few_tokens(
+    return quantized_matmul(
         quantized.codes, w.codes, scale, weights=weights, token_scale=token_scale, out_dtype=dtype
     )
 

@@ -17,10 +17,10 @@ groups, on a GPU   as they are, few rows       ``sum(dot(x, codes) by group * sc
 =================  ==========================  =====================================================
 
 int4, int8 and e4m3 weights that :func:`qjax.prepare` has arranged for it go through
-:mod:`pallas_kernels.few_tokens` instead, on a Hopper GPU, in products of at most 64 rows: of the scales'
-16-bit dtype, or quantized to int8 or e4m3 as the weight wants them
-(:func:`qjax.kernel_products.why_not`). All others go through XLA, in the arrangement of the table: above
-64 rows arithmetic, not reading the weights, takes the time.
+:mod:`pallas_kernels.quantized_matmul` instead, on a Hopper GPU: activations of the scales' 16-bit dtype,
+up to 4096 rows, or quantized to int8 or e4m3 as the weight wants them, however many (up to 64 where
+blocks of 128 x 128 have scales; :func:`qjax.kernel_products.why_not`). All others go through XLA, in the
+arrangement of the table.
 
 Accumulation is float32 or int32 whatever the operands are, and the result is rounded once, to
 ``preferred_element_type`` or the promoted dtype. The dot of two integers always asks for an int32
@@ -37,6 +37,7 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, Shaped
 
 from pallas_kernels import device
+from pallas_kernels.few_tokens import MOST_COLUMNS
 from qjax import activations, kernel_products, qtensor, tiles
 from qjax.qtensor import QTensor
 
@@ -239,8 +240,11 @@ def form(w: Any) -> str:
         return "xla: dot"
     if device.is_hopper() and qtensor.why_no_kernel(w) is None:
         once = "" if w.layout else " once prepared"
-        rows = kernel_products.MOST_ROWS
-        return f"pallas: few_tokens up to {rows} rows{once}, then {_xla_form(w)}"
+        most = kernel_products.most_rows(w)
+        if most is None:
+            return f"pallas: few_tokens, many_tokens{once}"
+        kernels = "few_tokens, many_tokens" if most > MOST_COLUMNS * 2 else "few_tokens"
+        return f"pallas: {kernels} up to {most} rows{once}, then {_xla_form(w)}"
     partial = w.activations is None and not w.scaled_per_contraction and not w.format.packed
     few = ", few rows as partial sums" if partial and jax.default_backend() == "gpu" else ""
     return _xla_form(w) + few

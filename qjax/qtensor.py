@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import few_tokens, few_tokens_product, packing, row_blocks
-from pallas_kernels.few_tokens_product import TOKENS, Tokens
+from pallas_kernels import packing, product, quantized_matmul, row_blocks
 from pallas_kernels.machine import Half
 from pallas_kernels.operands import Weights
 from qjax import formats, tiles
@@ -36,7 +35,7 @@ class KernelLayout:
       version: of the arrangement.
     """
 
-    tokens: Tokens
+    tokens: product.Tokens
     scale_dtype: str
     version: int = row_blocks.VERSION
 
@@ -307,11 +306,11 @@ def why_no_kernel(q: QTensor) -> str | None:
     if q.tensor_scale is not None or str(q.scale.dtype) in _SCALE_FORMATS:
         return f"scales must be floats of 16 or 32 bits, these are {q.scale.dtype}"
     (k, n), tokens = q.shape[-2:], kernel_tokens(q)
-    if tokens not in TOKENS and q.activations is None:
+    if tokens not in product.TOKENS and q.activations is None:
         return (
             f"scales are {tokens}, must be bfloat16 or float16 where activations are not quantized"
         )
-    reason = few_tokens_product.why_not(
+    reason = product.why_not(
         1, k, n, weights=q.format.storage, tokens=tokens, group_size=q.group_size,
         has_zeros=q.zero is not None,
     )  # fmt: skip
@@ -324,7 +323,7 @@ def _why_not_scales(q: QTensor) -> str | None:
     if q.activations is None or q.group_size is None:
         if outputs != 1 and (outputs < n or q.group_size is not None):
             return f"scales must be per output or one for all, these are for tiles of {q.tile}"
-    elif outputs != few_tokens_product.BLOCK and outputs < n:
+    elif outputs != product.BLOCK and outputs < n:
         return f"scales must be for 128 x 128 weights, these are for tiles of {q.tile}"
     if q.activations is None:
         return None
@@ -348,8 +347,8 @@ def for_kernel(q: QTensor) -> QTensor:
     """
     if q.layout is not None or why_no_kernel(q) is not None:
         return q
-    tokens, weights = cast(Tokens, kernel_tokens(q)), cast(Weights, q.format.storage)
-    codes = few_tokens.tiled_codes(q.codes, weights)
+    tokens, weights = cast(product.Tokens, kernel_tokens(q)), cast(Weights, q.format.storage)
+    codes = quantized_matmul.tiled_codes(q.codes, weights)
     if q.activations is not None:
         result = q.replaced(codes=codes, scale=q.scale.astype(jnp.float32))
     else:
@@ -358,7 +357,7 @@ def for_kernel(q: QTensor) -> QTensor:
         zero = q.zero
         if zero is not None:
             zero = jnp.broadcast_to(zero, each.shape)
-            zero = few_tokens.pack_zeros(zero, cast(Half, tokens), weights)
+            zero = quantized_matmul.pack_zeros(zero, cast(Half, tokens), weights)
         result = q.replaced(codes=codes, scale=row_blocks.tile_pairs(each), zero=zero)
     result.layout = KernelLayout(tokens=tokens, scale_dtype=str(q.scale.dtype))
     return result
@@ -369,7 +368,7 @@ def plain(q: QTensor) -> QTensor:
     if q.layout is None:
         return q
     weights, dtype = cast(Weights, q.format.storage), jnp.dtype(q.layout.scale_dtype)
-    codes = few_tokens.plain_codes(q.codes, weights).astype(q.format.storage)
+    codes = quantized_matmul.plain_codes(q.codes, weights).astype(q.format.storage)
     if q.activations is not None:
         result = q.replaced(codes=codes, scale=q.scale.astype(dtype))
     else:
@@ -378,7 +377,7 @@ def plain(q: QTensor) -> QTensor:
         zero = q.zero
         if zero is not None:
             half = cast(Half, q.layout.tokens)
-            zero = few_tokens.unpack_zeros(zero, half, weights)[..., held]
+            zero = quantized_matmul.unpack_zeros(zero, half, weights)[..., held]
         scale = row_blocks.untile_pairs(q.scale, dtype)[..., held]
         result = q.replaced(codes=codes, scale=scale, zero=zero)
     result.layout = None

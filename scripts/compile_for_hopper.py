@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile products of few tokens down to machine code for an H200, on a machine without a GPU.
+"""Compile quantized products down to machine code for an H200, on a machine without a GPU.
 
 Needs JAX's CUDA plugin and NVIDIA's assembler and disassembler, none of which needs a GPU. Reads a JSON
-list of cases from standard input: fields of :class:`pallas_kernels.few_tokens_product.Product`, "config"
-(else the tuned one) and "extra" (whether with bias and residual). Prints what the assembler and the
-disassembler say of each, after a line "=== case NUMBER".
+list of cases from standard input: fields of :class:`pallas_kernels.product.Product`; "kernel" and
+"config" as in `pallas_kernels/tuned.json` (else the tuned ones); "extra" (with bias and residual).
+Prints what the assembler and the disassembler say of each, after a line "=== case NUMBER".
 
 Example:
   echo '[{"m": 1, "k": 4096, "n": 4096, "group_size": 128}]' | python scripts/compile_for_hopper.py
@@ -29,8 +29,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.few_tokens import few_tokens
-from pallas_kernels.few_tokens_product import Config, Product, config_for
+from pallas_kernels.configs import config_for, config_of
+from pallas_kernels.product import Product
+from pallas_kernels.quantized_matmul import quantized_matmul
 
 # What XLA needs to know of the device; figures of NVIDIA's data sheet and
 # of `cudaGetDeviceProperties`.
@@ -51,7 +52,13 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 
+SERIALIZED = "wgmma.mma_async instructions are serialized"  # what the assembler warns of
 NO_SPILL = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+
+
+def is_clean(report: str) -> bool:
+    """Whether registers suffice, and products of warpgroups overlap."""
+    return NO_SPILL in report and SERIALIZED not in report
 
 
 def why_not() -> str | None:
@@ -113,13 +120,12 @@ def _compile(cases: Sequence[dict[str, Any]]) -> None:
         return jax.ShapeDtypeStruct(dimensions, dtype, sharding=sharding)
 
     for number, case in enumerate(cases):
-        fields = {key: value for key, value in case.items() if key not in ("extra", "config")}
-        product = Product(**fields)
-        config = Config(**case["config"]) if "config" in case else None
-        config = config or config_for(product, "NVIDIA H200")
+        others = ("extra", "kernel", "config")
+        product = Product(**{key: value for key, value in case.items() if key not in others})
+        config = config_of(case) if "config" in case else config_for(product, "NVIDIA H200")
         arrays, options = _operands(product, shape, extra=case.get("extra", False))
 
-        multiply = functools.partial(few_tokens, weights=product.weights, config=config)
+        multiply = functools.partial(quantized_matmul, weights=product.weights, config=config)
         print(f"=== case {number}", flush=True)
         jax.jit(multiply).lower(*arrays, **options).compile()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers, and operands of the kernel for few tokens with what they stand for in float64."""
+"""Random numbers, and operands of quantized products with what they stand for in float64."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import few_tokens, row_blocks
+from pallas_kernels import quantized_matmul as qm
+from pallas_kernels import row_blocks
 
 E4M3 = "float8_e4m3fn"
 
@@ -24,15 +25,17 @@ class Operands:
     near_x: np.ndarray  # [m, k]
     near_w: Callable[[Any], np.ndarray]  # some of the columns of [k, n]
 
-    def expected(self, columns: Any = slice(None)) -> np.ndarray:
-        y = self.near_x @ self.near_w(columns)
+    def expected(self, columns: Any = slice(None), rounded_to: Any = None) -> np.ndarray:
+        """In float64, of weights as they are or each rounded once to a dtype."""
+        w = self.near_w(columns)
+        y = self.near_x @ (w if rounded_to is None else w.astype(rounded_to).astype(np.float64))
         for name in ("bias", "residual"):
             if name in self.options:
                 y = y + np.asarray(self.options[name], np.float64)[..., columns]
         return y
 
-    def relative_error(self, y: Any, columns: Any = slice(None)) -> float:
-        expected = self.expected(columns)
+    def relative_error(self, y: Any, columns: Any = slice(None), rounded_to: Any = None) -> float:
+        expected = self.expected(columns, rounded_to)
         wrong = np.linalg.norm(np.asarray(y, np.float64)[:, columns] - expected)
         return float(wrong / np.linalg.norm(expected))
 
@@ -82,14 +85,14 @@ def _with_half_tokens(
     limit = 8 if weights == "int4" else 128
     zero = rng.integers(-limit, limit, (groups, n)) * asymmetric
     x = jnp.asarray(rng.standard_normal((m, k)), half)
-    zeros = (few_tokens.pack_zeros(jnp.asarray(zero), half, weights),) if asymmetric else ()
+    zeros = (qm.pack_zeros(jnp.asarray(zero), half, weights),) if asymmetric else ()
 
     def near_w(columns):
         of_groups = [np.asarray(v, np.float64)[:, columns] for v in (zero, scale)]
         spread = [np.repeat(v, k // groups, axis=0) for v in of_groups]
         return (codes[:, columns].astype(np.float64) - spread[0]) * spread[1]
 
-    tiled = few_tokens.tiled_codes(jnp.asarray(codes), weights)
+    tiled = qm.tiled_codes(jnp.asarray(codes), weights)
     args = (x, tiled, row_blocks.tile_pairs(scale), *zeros)
     return Operands(args, {"weights": weights}, np.asarray(x, np.float64), near_w)
 
@@ -111,7 +114,7 @@ def _with_byte_tokens(
     def near_w(columns):
         return codes[:, columns].astype(np.float64) * wide_w[:, columns]
 
-    tiled = few_tokens.tiled_codes(jnp.asarray(codes), weights)
+    tiled = qm.tiled_codes(jnp.asarray(codes), weights)
     options = {"weights": weights, "token_scale": token_scale}
     return Operands(
         (jnp.asarray(x), tiled, scale), options, x.astype(np.float64) * wide_x, near_w

@@ -4,11 +4,14 @@
 Needs JAX's CUDA plugin and NVIDIA's assembler and disassembler, which need no GPU (the `aot` extra).
 """
 
+import itertools
+
 import jax
 import pytest
 
 import compile_for_hopper
-from pallas_kernels import few_tokens_product as products
+from pallas_kernels import configs, few_tokens, many_tokens
+from pallas_kernels.product import Product
 
 E4M3 = "float8_e4m3fn"
 pytestmark = pytest.mark.skipif(
@@ -17,16 +20,29 @@ pytestmark = pytest.mark.skipif(
 
 
 def case(m: int, k: int, n: int, *, extra: bool = False, **choices) -> dict:
-    product = {"group_size": 128, "weights": "int4", "tokens": "bfloat16"}
-    return product | {"m": m, "k": k, "n": n, "extra": extra} | choices
+    """Of few tokens, in the default configuration."""
+    choices = {"group_size": 128, "weights": "int4", "tokens": "bfloat16"} | choices
+    product = Product(m=m, k=k, n=n, **choices)
+    config = vars(few_tokens.default_config(product))
+    return vars(product) | {"kernel": "few_tokens", "config": config, "extra": extra}
+
+
+def many(m: int, *, extra: bool = False, **choices) -> dict:
+    """Of many tokens, in the default configuration."""
+    product = Product(m=m, k=4096, n=6144, **choices)
+    config = vars(many_tokens.default_config(product))
+    return vars(product) | {"kernel": "many_tokens", "config": config, "extra": extra}
 
 
 def tuned() -> list[dict]:
-    entries = [entry for device in products.tuned().values() for entry in device]
-    return [
-        vars(products.product_of(entry)) | {"config": entry["config"], "extra": False}
-        for entry in entries
-    ]
+    """Each configuration of the table once: shapes make no other machine code."""
+    found = {}
+    for entry in itertools.chain(*configs.tuned().values()):
+        product, config = configs.product_of(entry), configs.config_of(entry)
+        own = {"kernel": entry["kernel"], "config": entry["config"], "extra": False}
+        columns = few_tokens.columns(product) if entry["kernel"] == "few_tokens" else None
+        found[product.weights, product.tokens, columns, config] = vars(product) | own
+    return list(found.values())
 
 
 INT4 = [
@@ -53,7 +69,7 @@ BYTE_TOKENS = [
     for extra in (False, True)
 ]
 # The default configurations of every kind, at the numbers of tokens that take most registers.
-MANY = [
+LARGE = [
     case(m, k, n, group_size=group, tokens=tokens, weights=weights)
     for m in (1, 32)
     for k, n in ((4096, 28672), (14336, 4096))
@@ -65,20 +81,48 @@ MANY = [
 ]  # fmt: skip
 
 
+MANY = {
+    f"many {weights} {half} {m}": [
+        many(m, group_size=group, tokens=half, weights=weights, has_zeros=asymmetric)
+        for group in (32, 128, None)
+        for asymmetric in ((False, True) if weights != E4M3 else (False,))
+    ]
+    for weights in ("int4", "int8", E4M3)
+    for half in ("bfloat16", "float16")
+    for m in (64, 256, 1024)
+}
+MANY_BYTE_TOKENS = [
+    many(m, group_size=None, tokens=tokens, weights=weights, extra=m == 64)
+    for m in (64, 256, 1024)
+    for weights, tokens in (("int8", "int8"), ("int4", "int8"), (E4M3, E4M3))
+]
+INSTRUCTIONS = {  # of the tensor cores
+    "few_tokens": {"int8": "IMMA.16832.S8.S8"},  # else float16 or bfloat16
+    "many_tokens": {"int8": "IGMMA", E4M3: "QGMMA"},
+}
+
+
 @pytest.mark.parametrize(
     "cases",
-    [tuned(), INT4, BYTES, BYTE_TOKENS, MANY],
-    ids=["tuned", "int4", "bytes", "byte tokens", "many"],
-)
+    [
+        pytest.param(cases, id=name)
+        for name, cases in {
+            "tuned, even": tuned()[::2], "tuned, odd": tuned()[1::2], "int4": INT4, "bytes": BYTES,
+            "byte tokens": BYTE_TOKENS, "large": LARGE, "many byte tokens": MANY_BYTE_TOKENS, **MANY,
+        }.items()
+    ],
+)  # fmt: skip
 def test_no_spill_and_tensor_cores(cases):
     reports = compile_for_hopper.reports(cases)
     assert len(reports) == len(cases)
     for one, report in zip(cases, reports, strict=True):
-        assert compile_for_hopper.NO_SPILL in report, one
-        whole = one["tokens"] == "int8"
-        assert ("IMMA.16832.S8.S8" if whole else "HMMA.16816.F32") in report, one
-        assert "LDG.E.NA.LTC128B.128" in report, one  # the codes
+        assert compile_for_hopper.is_clean(report), one
         assert "LDL" not in report and "STL" not in report, one
+        few = one["kernel"] == "few_tokens"
+        half = "HMMA.16816.F32" if few else "HGMMA"
+        assert INSTRUCTIONS[one["kernel"]].get(one["tokens"], half) in report, one
+        # The codes: straight into registers, or by copies of the hardware's own.
+        assert ("LDG.E.NA.LTC128B.128" if few else "UBLKCP") in report, one
 
 
 def test_the_versions_of_jax_and_its_plugin_agree():

@@ -121,3 +121,201 @@ def test_every_block_of_a_grid_runs():
     seen = []
     run(lambda m: seen.append(tuple(int(b[0]) for b in m.block)), grid=(2, 3), threads=32, shared=1)
     assert sorted(seen) == [(x, y) for x in range(2) for y in range(3)]
+
+
+# Shared memory of the following: two tiles of eight tokens, arrivals behind them.
+TILE, ARRIVAL = 256, 512
+
+
+@pytest.fixture
+def warpgroup():
+    """Four warps, with an arrival that one thread and its copies make a turn of."""
+    machine = NumpyMachine(threads=128, block=(0, 0), shared=520)
+    machine.start_arrivals(machine.word(ARRIVAL), 2, threads=1)
+    machine.barrier()
+    return machine
+
+
+def copy(machine, *, place=0, words=32, count=32, arrival=ARRIVAL, nbytes=128):
+    """One thread copies words and says how many bytes come."""
+    first = machine.thread < 1
+    machine.expect(machine.word(arrival), nbytes, first)
+    source = machine.pointer(np.arange(words, dtype=np.uint32), machine.word(0))
+    machine.copy_words(machine.word(place), source, count, machine.word(arrival), first)
+
+
+def copy_tile(machine, place=0, arrival=ARRIVAL):
+    """One thread copies eight tokens of ones, and all wait for them."""
+    first, ones = machine.thread < 1, np.ones((8, 64), np.float16)
+    machine.expect(machine.word(arrival), 1024, first)
+    machine.copy_tokens(
+        machine.word(place), ones, machine.word(0), machine.word(0), 8, machine.word(arrival), first
+    )
+
+
+def multiply(machine, place=0, step=0, sums=None):
+    """A product of ones with the tile at a place."""
+    ones = [machine.word(0x3C003C00)] * 4
+    sums = [[machine.real(0.0)] * 4] if sums is None else sums
+    return machine.wgmma("float16", [ones], machine.word(place), step, sums)
+
+
+def test_copies_are_seen_once_they_are_waited_for(warpgroup):
+    machine = warpgroup
+    copy(machine)
+    with pytest.raises(ValueError, match="nobody has written"):
+        machine.shared_load(machine.thread % 32)
+    machine.wait_for(machine.word(ARRIVAL), machine.word(0))
+    assert machine.shared_load(machine.thread % 32).tolist() == list(range(32)) * 4
+    machine.wait_for(machine.word(ARRIVAL), machine.word(0))  # once more: in no time
+    copy(machine, place=32)
+    machine.wait_for(machine.word(ARRIVAL), machine.word(1))
+
+
+def test_copies_that_are_not_aligned_or_leave_their_array(warpgroup):
+    with pytest.raises(IndexError, match="32 words from 0 to 2 of shared memory"):
+        copy(warpgroup, place=2)
+    fresh = NumpyMachine(threads=128, block=(0, 0), shared=520)
+    fresh.start_arrivals(fresh.word(ARRIVAL), 1, threads=1)
+    with pytest.raises(IndexError, match="words to 32 of an array of 28"):
+        copy(fresh, words=28)
+
+
+def test_waiting_for_the_wrong_turn(warpgroup):
+    copy(warpgroup)
+    with pytest.raises(ValueError, match=r"turn \[1\] of an arrival that has had 1"):
+        warpgroup.wait_for(warpgroup.word(ARRIVAL), warpgroup.word(1))
+    with pytest.raises(ValueError, match=r"turn \[0\] of an arrival that has had 0"):
+        warpgroup.wait_for(warpgroup.word(ARRIVAL + 2), warpgroup.word(0))  # nobody arrives there
+
+
+def test_bytes_that_never_come(warpgroup):
+    copy(warpgroup, nbytes=256)
+    with pytest.raises(ValueError, match="expects 256 bytes, copies bring 128"):
+        warpgroup.wait_for(warpgroup.word(ARRIVAL), warpgroup.word(0))
+
+
+def test_expecting_before_the_last_turn_was_waited_for(warpgroup):
+    copy(warpgroup)
+    with pytest.raises(ValueError, match="told again what to expect before it was waited for"):
+        copy(warpgroup, place=32)
+
+
+def test_threads_that_never_arrive(warpgroup):
+    warpgroup.start_arrivals(warpgroup.word(516), 1, threads=4)
+    warpgroup.arrive(warpgroup.word(516), warpgroup.thread < 3)
+    with pytest.raises(ValueError, match="3 threads arrive where 4 are waited for"):
+        warpgroup.wait_for(warpgroup.word(516), warpgroup.word(0))
+    warpgroup.arrive(warpgroup.word(516), warpgroup.thread < 1)
+    warpgroup.wait_for(warpgroup.word(516), warpgroup.word(0))
+
+
+def test_arrivals_start_at_one_place(warpgroup):
+    with pytest.raises(ValueError, match="different places"):
+        warpgroup.start_arrivals(warpgroup.thread, 1, threads=1)
+
+
+def test_tokens_beyond_the_last_are_zeros(warpgroup):
+    first = warpgroup.thread < 1
+    warpgroup.expect(warpgroup.word(ARRIVAL), 1024, first)
+    warpgroup.copy_tokens(
+        warpgroup.word(0), np.ones((5, 64), np.float16), warpgroup.word(2), warpgroup.word(0), 8,
+        warpgroup.word(ARRIVAL), first,
+    )  # fmt: skip
+    warpgroup.wait_for(warpgroup.word(ARRIVAL), warpgroup.word(0))
+    for token in range(8):
+        words = warpgroup.shared_load(warpgroup.thread % 32 + 32 * token)
+        assert set(words.tolist()) == {0x3C003C00 if token < 3 else 0}
+    with pytest.raises(
+        IndexError, match="tokens at 128 of shared memory, must be a multiple of 256"
+    ):
+        copy_tile(warpgroup, place=128)
+
+
+def test_wgmma_of_what_was_waited_for(warpgroup):
+    copy_tile(warpgroup)
+    with pytest.raises(ValueError, match="that nobody has written"):
+        multiply(warpgroup)
+    warpgroup.wait_for(warpgroup.word(ARRIVAL), warpgroup.word(0))
+    sums = multiply(warpgroup)
+    with pytest.raises(TypeError):
+        warpgroup.plus(sums[0][0], warpgroup.real(1.0))  # it is under way
+    sums = multiply(warpgroup, step=1, sums=sums)
+    ((total, *_),) = warpgroup.wait(0, sums)
+    assert total.tolist() == [32.0] * 128
+    with pytest.raises(IndexError, match="one multiple of 256 a warpgroup"):
+        multiply(warpgroup, place=128)
+
+
+def test_wgmma_of_what_threads_wrote_needs_publishing_and_a_barrier(warpgroup):
+    def write():
+        for first in range(0, 256, 128):
+            warpgroup.shared_store(warpgroup.thread + first, warpgroup.word(0x3C003C00))
+
+    write()
+    warpgroup.barrier()
+    with pytest.raises(ValueError, match="not published before a barrier"):
+        multiply(warpgroup)
+    write()
+    warpgroup.publish()
+    with pytest.raises(ValueError, match="not published before a barrier"):
+        multiply(warpgroup)
+    warpgroup.barrier()
+    ((total, *_),) = warpgroup.wait(0, multiply(warpgroup))
+    assert total.tolist() == [16.0] * 128
+
+
+def test_nothing_is_written_to_what_a_wgmma_may_still_read(warpgroup):
+    machine, free = warpgroup, warpgroup.word(516)
+    machine.start_arrivals(free, 1, threads=4)
+    copy_tile(machine)
+    machine.wait_for(machine.word(ARRIVAL), machine.word(0))
+    sums = multiply(machine)
+    with pytest.raises(ValueError, match="a wgmma may still be reading"):
+        copy_tile(machine, arrival=ARRIVAL + 2)
+    machine.start_arrivals(machine.word(ARRIVAL + 2), 1, threads=1)
+    machine.wait(0, sums)  # these threads; others may not have come so far
+    with pytest.raises(ValueError, match="a wgmma may still be reading"):
+        machine.shared_store(machine.thread, machine.word(0))
+    machine.arrive(free, machine.thread % 32 < 1)
+    with pytest.raises(ValueError, match="a wgmma may still be reading"):
+        copy_tile(machine, arrival=ARRIVAL + 2)
+    machine.start_arrivals(machine.word(ARRIVAL + 2), 1, threads=1)
+    machine.wait_for(free, machine.word(0))
+    copy_tile(machine, arrival=ARRIVAL + 2)
+
+
+def test_a_barrier_frees_what_was_waited_for_and_no_more(warpgroup):
+    copy_tile(warpgroup)
+    copy_tile(warpgroup, TILE, ARRIVAL + 2)
+    for arrival in (ARRIVAL, ARRIVAL + 2):
+        warpgroup.wait_for(warpgroup.word(arrival), warpgroup.word(0))
+    sums = warpgroup.wait(1, multiply(warpgroup, TILE, sums=multiply(warpgroup)))
+    warpgroup.barrier()
+    warpgroup.shared_store(warpgroup.thread, warpgroup.word(0))
+    with pytest.raises(ValueError, match="a wgmma may still be reading"):
+        warpgroup.shared_store(warpgroup.thread, warpgroup.word(0), TILE)
+    with pytest.raises(TypeError):
+        warpgroup.times(sums[0][0], warpgroup.real(1.0))
+
+
+def test_matrices_are_transposed_among_lanes(machine):
+    machine.shared_store(machine.thread, machine.thread)
+    machine.shared_store(machine.thread, machine.thread + 32, 32)
+    machine.barrier()
+    rows = machine.thread % 16 * 4
+    words = machine.shared_load_matrices(rows)
+    for matrix, part in enumerate(words):
+        assert part.tolist() == [32 * (matrix % 2) + lane for lane in range(32)]
+    with pytest.raises(IndexError, match="a row of 4 words of shared memory at 2"):
+        machine.shared_load_matrices(rows + 2)
+
+
+def test_rows_that_are_not_aligned(machine):
+    with pytest.raises(IndexError, match="a row of 4 words of shared memory at 2"):
+        machine.shared_load_row(machine.word(0), 4, 2)
+    floats = np.full(64, np.nan, np.float32)
+    with pytest.raises(IndexError, match="a row of 2 at 1"):
+        machine.reals_at(floats, machine.thread, 2)
+    with pytest.raises(IndexError, match="a row of 2 at 0"):
+        machine.store_row(floats, machine.thread, [machine.real(0.0)] * 2, machine.thread < 2)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel computes a product, and how its work is cut up.
+
+Configurations are tuned on a GPU and committed in `tuned.json`, keyed by device, kind of product and
+shape; `scripts/tune_matmul.py` fills it.
+"""
+
+import functools
+import importlib.resources
+import json
+from types import ModuleType
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import few_tokens, many_tokens
+from pallas_kernels.operands import BITS, Weights
+from pallas_kernels.product import TOKENS, Product, Tokens
+
+Config = few_tokens.Config | many_tokens.Config
+
+BUCKETS = (8, 16, 32, 64, 256, 1024, 4096)  # of tokens, in the table
+FEW = 32  # tokens up to which `few_tokens` is faster than `many_tokens`
+_MOST_WITHOUT_WARPGROUPS, _MOST_HALF_TOKENS = 64, 4096
+_NEAREST_DEVICE = "NVIDIA H100 80GB HBM3"  # for Hopper GPUs that have no table of their own
+
+
+def kernel_of(config: Config) -> ModuleType:
+    """The module of the kernel that a configuration is for."""
+    return few_tokens if isinstance(config, few_tokens.Config) else many_tokens
+
+
+def most_tokens(product: Product) -> int | None:
+    """Tokens up to which a kernel is faster than XLA; None: however many.
+
+    With 16-bit tokens the kernel unpacks weights anew for every 256 tokens and loses a tenth of the
+    tensor cores' time to it; XLA writes them out once. At some thousand tokens that is even.
+    """
+    if many_tokens.why_not(product):
+        return _MOST_WITHOUT_WARPGROUPS
+    return _MOST_HALF_TOKENS if product.has_half_tokens else None
+
+
+def default_config(product: Product) -> Config:
+    """A configuration that fits, for products that no table names."""
+    if product.m <= FEW or many_tokens.why_not(product):
+        return few_tokens.default_config(product)
+    return many_tokens.default_config(product)
+
+
+def config_for(product: Product, device: str | None = None) -> Config:
+    """The tuned configuration of the nearest product in the device's table, else the default one.
+
+    Nearest: the same ``k`` and ``n``, the number of tokens in the same bucket of `BUCKETS`, and the same
+    codes and tokens, or if there is none such, codes and tokens of as many bits; a configuration that
+    does not fit this very product is passed over.
+
+    Args:
+      product: what is to be computed.
+      device: as JAX names its kind; None: the default device.
+    """
+    kind = jax.devices()[0].device_kind if device is None else device
+    entries = tuned().get(kind, tuned()[_NEAREST_DEVICE])
+    bucket = next((b for b in BUCKETS if product.m <= b), BUCKETS[-1])
+    codes, tokens = product.weights, "bfloat16" if product.has_half_tokens else product.tokens
+    wanted = (bucket, product.k, product.n, *_bits(codes, tokens))
+    near = [
+        e for e in entries if (e["m"], e["k"], e["n"], *_bits(e["weights"], e["tokens"])) == wanted
+    ]
+    for entry in sorted(near, key=lambda e: (e["weights"], e["tokens"]) != (codes, tokens)):
+        config = config_of(entry)
+        try:
+            kernel_of(config).check(product, config)
+        except ValueError:
+            continue
+        return config
+    return default_config(product)
+
+
+def _bits(weights: Weights, tokens: Tokens) -> tuple[int, int]:
+    return BITS[weights], 8 * jnp.dtype(tokens).itemsize
+
+
+@functools.cache
+def tuned() -> dict[str, list[dict[str, Any]]]:
+    """The committed table: device kind to entries."""
+    text = importlib.resources.files("pallas_kernels").joinpath("tuned.json").read_text()
+    return json.loads(text)["devices"]
+
+
+def config_of(entry: dict[str, Any]) -> Config:
+    """The configuration that an entry of the table holds."""
+    return (few_tokens if entry["kernel"] == "few_tokens" else many_tokens).Config(
+        **entry["config"]
+    )
+
+
+def product_of(entry: dict[str, Any]) -> Product:
+    """The product that an entry of the table was tuned for: groups of 128 where there are any."""
+    has_groups = entry["tokens"] in TOKENS[:2]
+    return Product(
+        m=entry["m"], k=entry["k"], n=entry["n"], group_size=128 if has_groups else None,
+        weights=cast(Weights, entry["weights"]), tokens=cast(Tokens, entry["tokens"]),
+    )  # fmt: skip
