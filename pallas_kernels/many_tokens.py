@@ -75,6 +75,12 @@ def check(product: Product, config: Config) -> None:
     Raises:
       ValueError: it does not; with the numbers.
     """
+    if reason := why_not(product):
+        raise ValueError(reason)
+    if config.stages < 3:
+        raise ValueError(
+            f"{config.stages=} must be at least 3: two are multiplied, one is copied into"
+        )
     tiles = product.k // tile_inputs(product)
     if tiles % (config.slices * config.span):
         raise ValueError(

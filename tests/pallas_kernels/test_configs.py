@@ -45,6 +45,14 @@ def test_many_tokens_go_to_the_kernel_for_them():
     assert kernel(tokens=E4M3) is few_tokens
 
 
+def test_products_for_few_tokens_take_no_tuned_configuration_of_the_other_kernel():
+    for entry in configs.tuned()["NVIDIA H100 80GB HBM3"]:
+        if entry["tokens"] == E4M3:
+            shape = {name: entry[name] for name in ("m", "k", "n")}
+            by_block = Product(**shape, group_size=128, weights=E4M3, tokens=E4M3)
+            assert configs.kernel_of(configs.config_for(by_block, "NVIDIA H200")) is few_tokens
+
+
 def test_the_table_names_configurations_that_fit():
     for device, entries in configs.tuned().items():
         for entry in entries:

@@ -138,6 +138,7 @@ def multiplied(o, config, **options):
     [
         ({}, {"slices": 3}, "4 times 64 inputs are not divisible by config.slices=3 x config.span=1"),
         ({"tokens": "int8"}, {"span": 4}, "2 times 128 inputs are not divisible by .* config.span=4"),
+        ({}, {"stages": 2}, "config.stages=2 must be at least 3"),
         ({}, {"tokens": 20}, "config.tokens=20 must be a multiple of 8, and at most 256"),
         ({}, {"tokens": 264}, "config.tokens=264 must be a multiple of 8, and at most 256"),
         ({}, {"rows": 5, "fragments": 2}, "640 outputs of a block are more than 512"),
@@ -158,6 +159,9 @@ def test_products_that_are_for_few_tokens_only():
     assert "128 x 128 blocks" in str(many_tokens.why_not(by_block))
     mixed = Product(**shape, group_size=None, weights="int4", tokens=E4M3)
     assert "int4 weights with float8_e4m3fn tokens" in str(many_tokens.why_not(mixed))
+    for product in (by_block, mixed):
+        with pytest.raises(ValueError, match="for few tokens only"):
+            many_tokens.check(product, Config(rows=1, tokens=64))
     for weights, tokens in itertools.product(("int4", "int8"), ("bfloat16", "float16", "int8")):
         product = Product(**shape, group_size=None, weights=weights, tokens=tokens)
         assert many_tokens.why_not(product) is None
