@@ -421,7 +421,7 @@ def _offsets(
         (pair,) = reader.scales[row_block][1].load(0, 1)
     else:
         pair = scales[CHUNK // product.group_size + group]
-    return machine.bytes_of(pair, pair, 0x1010), machine.bytes_of(pair, pair, 0x3232)
+    return operands.each_twice(machine, pair)
 
 
 def _add_slices(

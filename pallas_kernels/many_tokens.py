@@ -423,7 +423,7 @@ class _Weights:
         arrays: Arrays,
         stream: _Stream,
     ) -> "_Weights":
-        """The row blocks of a warp, from a step on."""
+        """The weights of this thread's warp."""
         lane = machine.thread % 32
         pairs = [arrays.scale] + ([arrays.zero] if product.has_zeros else [])
         return _Weights(
@@ -500,8 +500,7 @@ class _Weights:
         values = operands.half_operand(machine, product.weights, product.half, words, offsets)
         if not self.groups:
             return values
-        pair = scales[group]
-        factors = machine.bytes_of(pair, pair, 0x1010), machine.bytes_of(pair, pair, 0x3232)
+        factors = operands.each_twice(machine, scales[group])
         return [
             machine.half_pair_times(product.half, value, factors[r % 2])
             for r, value in enumerate(values)
@@ -517,7 +516,7 @@ class _Weights:
             pair = scales[self.groups + group]
         else:
             (pair,) = self.pairs[fragment][1].load(0, 1)
-        return self.machine.bytes_of(pair, pair, 0x1010), self.machine.bytes_of(pair, pair, 0x3232)
+        return operands.each_twice(self.machine, pair)
 
     def scaled(self, sums: list[list[Sum]]) -> list[list[Sum]]:
         """Sums times the one scale of their output."""

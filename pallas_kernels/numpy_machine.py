@@ -78,7 +78,7 @@ class NumpyMachine:
         self._written = np.zeros(shared, bool)
         self._writers: dict[int, int] = {}  # of words that only they see: since the last barrier
         self._arrivals: dict[int, Arrival] = {}  # by their place
-        self._unpublished: set[int] = set()
+        self._stored: set[int] = set()  # words that threads wrote, and no copy: not for wgmma
         self._under_way: list[set[int]] = []  # what each product reads that is not waited for
         self._waited: list[
             set[int]
@@ -138,7 +138,7 @@ class NumpyMachine:
                 raise ValueError(
                     f"threads {self._writers[place]} and {thread} race for word {place}"
                 )
-        self._unpublished.update(index.tolist())
+        self._stored.update(index.tolist())
         self._shared[index] = word
         self._written[index] = True
 
@@ -242,10 +242,7 @@ class NumpyMachine:
         self._check_free(places)
         self._shared[places] = words
         self._written[places] = True
-
-    def publish(self) -> None:
-        """Takes note."""
-        self._unpublished.clear()
+        self._stored.difference_update(places.tolist())
 
     def barrier(self) -> None:
         """Makes writes visible, and frees what products that were waited for have read."""
@@ -391,8 +388,8 @@ class NumpyMachine:
         inside = 32 * token + 4 * ((2 * step + word // 4) ^ token % 8) + word % 4
         places = starts[:, :1, None] + inside  # warpgroup, token, word
         read = set(places.reshape(-1).tolist())
-        if read & (self._unpublished | self._writers.keys()):
-            raise ValueError("wgmma reads shared memory that was not published before a barrier")
+        if read & self._stored:
+            raise ValueError("wgmma reads shared memory that threads wrote: it sees copies alone")
         if not self._written[places].all():
             raise ValueError("wgmma reads shared memory that nobody has written")
         self._under_way.append(read)

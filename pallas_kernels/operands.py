@@ -50,6 +50,11 @@ def constant_offset(machine: Machine, weights: Weights, half: Half) -> Word | No
     return machine.word(_LIFT_BITS[lift]) if lift else None
 
 
+def each_twice(machine: Machine, pair: Word) -> tuple[Word, Word]:
+    """The low half of a word in both halves of one, and the high half."""
+    return machine.bytes_of(pair, pair, 0x1010), machine.bytes_of(pair, pair, 0x3232)
+
+
 def half_operand(
     machine: Machine,
     weights: Weights,

@@ -322,7 +322,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--kinds", nargs="+", default=KINDS, metavar="WEIGHTS:TOKENS")
+    parser.add_argument(
+        "--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="WEIGHTS:TOKENS"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=configs.BUCKETS)
     parser.add_argument("--shapes", type=int, nargs="+", metavar="K N")
     parser.add_argument("--seconds", type=float, default=12, help="of a product (default 12)")

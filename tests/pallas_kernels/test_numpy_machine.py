@@ -247,20 +247,16 @@ def test_wgmma_of_what_was_waited_for(warpgroup):
         multiply(warpgroup, place=128)
 
 
-def test_wgmma_of_what_threads_wrote_needs_publishing_and_a_barrier(warpgroup):
-    def write():
-        for first in range(0, 256, 128):
-            warpgroup.shared_store(warpgroup.thread + first, warpgroup.word(0x3C003C00))
-
-    write()
-    warpgroup.barrier()
-    with pytest.raises(ValueError, match="not published before a barrier"):
-        multiply(warpgroup)
-    write()
-    warpgroup.publish()
-    with pytest.raises(ValueError, match="not published before a barrier"):
+def test_wgmma_sees_copies_and_not_what_threads_wrote(warpgroup):
+    for first in range(0, 256, 128):
+        warpgroup.shared_store(warpgroup.thread + first, warpgroup.word(0x3C003C00))
+    with pytest.raises(ValueError, match="it sees copies alone"):
         multiply(warpgroup)
     warpgroup.barrier()
+    with pytest.raises(ValueError, match="it sees copies alone"):
+        multiply(warpgroup)
+    copy_tile(warpgroup)
+    warpgroup.wait_for(warpgroup.word(ARRIVAL), warpgroup.word(0))
     ((total, *_),) = warpgroup.wait(0, multiply(warpgroup))
     assert total.tolist() == [16.0] * 128
 
