@@ -134,6 +134,7 @@ from qjax_checkpoints.save import save
 source, out, format, limit = sys.argv[1:]
 checkpoint = load(source)
 if int(limit):
+    sys.dont_write_bytecode = True  # compiled modules would be cut off at the limit, and kept
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 print("writing", flush=True)
 while True:

@@ -232,7 +232,12 @@ def process():
             [sys.executable, "-c", program, *map(str, arguments)],
             capture_output=True,
             text=True,
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
+            env={
+                "PATH": "/usr/bin:/bin",
+                "PYTHONPATH": ":".join(sys.path),
+                # Python would cut its compiled modules off at the limit, and keep them.
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
         )
         return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
