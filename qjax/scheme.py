@@ -16,13 +16,17 @@ Granularity = Literal["tensor", "channel", "group", "block"]
 ScaleFormat = Literal["float", "e8m0", "e4m3"]
 
 SUPPORTED = (
-    "w4a16, w8a16, w3a16, w2a16 (with -gN, -channel or -tensor, and -asym), nf4, w8a8, w4a8, w4a4 "
-    "(with -gN or -channel), fp8-dynamic, fp8-a16, fp8-e5m2 (with -channel or -tensor), fp8-block, "
-    "mxfp4, mxfp4-a4, mxfp8, mxfp8-a8, nvfp4"
+    "w4a16, w8a16, w3a16, w2a16 (with -gN, -channel or -tensor, and -asym), nf4, w8a8, w4a8, w4a4, "
+    "w4afp8 (with -gN or -channel), fp8-dynamic, fp8-a16, fp8-e5m2 (with -channel or -tensor), "
+    "fp8-block, mxfp4, mxfp4-a4, mxfp8, mxfp8-a8, nvfp4"
 )
 
 # What a bare name means; 64 for 2-bit and nf4 weights as in QLoRA and EfficientQAT, else 128.
 _DEFAULT_GROUP = {"int2": 64, "nf4": 64}
+
+# What stands after the a of wXaY, and what of it goes with which bits of weights.
+_ACTIVATION_FORMATS = {"8": formats.INT8, "4": formats.INT4, "fp8": formats.E4M3}
+_BOTH_QUANTIZED = ((8, "8"), (4, "8"), (4, "4"), (4, "fp8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +107,8 @@ class Scheme:
           128
         """
         head, *options = name.split("-")
-        if integer := re.fullmatch(r"w([2348])a(16|8|4)", head):
-            return _integer_scheme(name, int(integer[1]), int(integer[2]), options)
+        if integer := re.fullmatch(r"w([2348])a(16|8|4|fp8)", head):
+            return _integer_scheme(name, int(integer[1]), integer[2], options)
         match head, options:
             case "nf4", _:
                 return Scheme(weights=_weights(name, formats.NF4, options, "group"))
@@ -134,7 +138,10 @@ def _head(scheme: Scheme) -> str:
             return "fp8"
         case "nf4", _:
             return "nf4"
-    return f"w{weights.format.bits}a{activations.format.bits if activations else 16}"
+    if activations is None:
+        return f"w{weights.format.bits}a16"
+    kind = "fp" if activations.format.kind == "float" else ""
+    return f"w{weights.format.bits}a{kind}{activations.format.bits}"
 
 
 def _options(scheme: Scheme) -> list[str]:
@@ -148,8 +155,8 @@ def _options(scheme: Scheme) -> list[str]:
         kind = "dynamic" if activations else "e5m2" if weights.format == formats.E5M2 else "a16"
         return [kind, "tensor"] if weights.granularity == "tensor" else [kind]
     group = weights.granularity if weights.group_size is None else f"g{weights.group_size}"
-    # A bare w8a8 or w4a8 means whole-row scales, a bare w4a4 groups.
-    bare = activations is not None and activations.format.bits == 8
+    # A bare w8a8 or w4a8 means whole-row scales, a bare w4a4 or w4afp8 groups.
+    bare = activations is not None and activations.format == formats.INT8
     spelled = [] if bare and weights.granularity == "channel" else [group]
     return spelled + ([] if weights.symmetric else ["asym"])
 
@@ -158,15 +165,17 @@ def _unknown(name: str) -> ValueError:
     return ValueError(f"unknown scheme {name!r}: there are {SUPPORTED}")
 
 
-def _integer_scheme(name: str, bits: int, activation_bits: int, options: list[str]) -> Scheme:
-    weight_only = activation_bits == 16
-    if not weight_only and (bits, activation_bits) not in ((8, 8), (4, 8), (4, 4)):
+def _integer_scheme(name: str, bits: int, activation_kind: str, options: list[str]) -> Scheme:
+    weight_only = activation_kind == "16"
+    if not weight_only and (bits, activation_kind) not in _BOTH_QUANTIZED:
         raise _unknown(name)
     asymmetric = options.count("asym") == 1
     if asymmetric and not weight_only:
-        raise ValueError(f"{name}: integer products need symmetric weights; leave out -asym")
+        raise ValueError(
+            f"{name}: products with quantized activations need symmetric weights; leave out -asym"
+        )
     # int8 x int8 multiplies whole rows: one scale a channel keeps the sum in integers.
-    default = "group" if weight_only or activation_bits == 4 else "channel"
+    default = "channel" if activation_kind == "8" else "group"
     weights = _weights(
         name,
         formats.format_named(f"int{bits}"),
@@ -176,7 +185,7 @@ def _integer_scheme(name: str, bits: int, activation_bits: int, options: list[st
     )
     if weight_only:
         return Scheme(weights=weights)
-    activations = ActivationScheme(format=formats.format_named(f"int{activation_bits}"))
+    activations = ActivationScheme(format=_ACTIVATION_FORMATS[activation_kind])
     return Scheme(weights=weights, activations=activations)
 
 

@@ -142,7 +142,10 @@ def test_weight_only_logits_agree(pretrained, tmp_path, scheme):
     assert relative(plain, ours) > 1e-3  # it was quantized indeed
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w4a4-g32", "fp8-dynamic", "fp8-block"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["w8a8", "w4a8-g32", "w4a4-g32", "w4afp8-g32", "w4afp8-channel", "fp8-dynamic", "fp8-block"],
+)
 def test_logits_agree_within_activation_rounding(pretrained, tmp_path, scheme):
     """Both sides round activations; where a value lies on a tie, they may round it differently."""
     theirs, ours, plain = quantized_pair(pretrained(), tmp_path / "out", scheme, jnp.float32)

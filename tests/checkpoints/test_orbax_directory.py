@@ -23,6 +23,7 @@ SCHEMES = [
     "w2a16-channel",
     "nf4-g16",
     "w8a8",
+    "w4afp8-g16",
     "fp8-dynamic",
     "fp8-block",
     "fp8-e5m2",

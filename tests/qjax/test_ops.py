@@ -10,6 +10,8 @@ the roundings of operands to x's dtype: 1 where the weight is dequantized to it,
 or 8-bit float (nf4); 2 where quantized activations are dequantized too; 0 where codes are multiplied.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,8 @@ SCHEMES = {
     "w4a16-g16": 1, "w4a16-g16-asym": 1, "w4a16-channel": 0, "w4a16-channel-asym": 0, "w4a16-tensor": 0,
     "w8a16-g32": 1, "w8a16-channel": 0, "w8a16-channel-asym": 0, "w3a16-g16": 1, "w3a16-channel": 0,
     "w2a16-g16-asym": 1, "nf4-g16": 1, "nf4-channel": 1, "w8a8": 0, "w4a8": 0, "w4a8-g16": 1,
-    "w4a4-g16": 1, "w4a4-channel": 0, "fp8-dynamic": 0, "fp8-a16": 0, "fp8-block": 2, "fp8-e5m2": 0,
+    "w4a4-g16": 1, "w4a4-channel": 0, "w4afp8-g16": 1, "w4afp8-channel": 0,
+    "fp8-dynamic": 0, "fp8-a16": 0, "fp8-block": 2, "fp8-e5m2": 0,
     "fp8-e5m2-tensor": 0, "mxfp4": 1, "mxfp4-a4": 2, "mxfp8": 1, "mxfp8-a8": 2, "nvfp4": 1,
 }  # fmt: skip
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -81,7 +84,10 @@ def test_matmul(name, rng, decoded, quantized_tokens):
 
 
 # One of each row of the table in qjax/ops.py.
-FORMS = ["w4a16-g8", "w8a16-channel-asym", "w8a8", "fp8", "w4a8-g8", "w4a16-tensor"]
+FORMS = [
+    "w4a16-g8", "w8a16-channel-asym", "w8a8", "fp8", "w4a8-g8", "w4a16-tensor", "w4afp8-g8",
+    "w4afp8-channel",
+]  # fmt: skip
 # subscripts, shape of x, shape of w, axes of w that are summed over; x's summed axes come last
 EINSUMS = [
     ("bd,dh->bh", (3, 16), (16, 5), (-2,)),
@@ -126,7 +132,9 @@ def test_dot_general_is_that_of_lax(name, rng, decoded):
     np.testing.assert_allclose(y, expected, atol=coarse, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["w4a16-g8", "w4a16-channel-asym", "fp8-e5m2", "w8a8", "w4a8-g8"])
+@pytest.mark.parametrize(
+    "name", ["w4a16-g8", "w4a16-channel-asym", "fp8-e5m2", "w8a8", "w4a8-g8", "w4afp8-g8"]
+)
 def test_batch_axes_stacked_after_quantizing(name, rng):
     """Layers stacked leaf by leaf are a batch axis of the product."""
     qs = [qjax.quantize(weight(rng, (16, 5)), name) for _ in range(3)]
@@ -155,7 +163,7 @@ def test_a_weight_also_goes_the_other_way(name, rng, decoded):
     )
 
 
-@pytest.mark.parametrize("name", ["w8a8", "fp8", "w4a8-g8", "fp8-block"])
+@pytest.mark.parametrize("name", ["w8a8", "fp8", "w4a8-g8", "w4afp8-g8", "fp8-block"])
 def test_activations_cannot_go_the_other_way(name, rng):
     q = qjax.quantize(weight(rng, (32, 16)), name)
     with pytest.raises(
@@ -218,6 +226,22 @@ def test_integer_products_are_summed_in_int32(name, rng):
     assert line.count("xi8>") == 2 and "xi32>" in line.rpartition("->")[2]
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["w4afp8-g16", "w4afp8-channel", "fp8"])
+def test_floats_of_8_bits_are_multiplied_in_a_type_that_has_products(name, dtype, rng):
+    """XLA has none of int4 and e4m3 but a scalar loop."""
+    q, x = qjax.quantize(weight(rng), name), jnp.ones((2, K), dtype)
+    (dot,) = (e for e in traced(q, x) if e.primitive.name == "dot_general")
+    assert {v.aval.dtype for v in dot.invars} <= {jnp.dtype(dtype), jnp.dtype(jnp.bfloat16)}
+    assert dot.outvars[0].aval.dtype == jnp.float32
+    # And the compiler does not take the conversions into the dot.
+    computations = jax.jit(qjax.matmul).lower(x, q).compile().as_text().split("\n\n")
+    (computation,) = (c for c in computations if " dot(" in c)
+    (operands,) = re.findall(r" dot\((%\S+), (%\S+)\)", computation)
+    for operand in operands:
+        assert re.search(rf"{re.escape(operand)} = (f32|bf16|f16)\[", computation)
+
+
 def test_integer_products_are_exact():
     """Sums beyond 2**24 that cancel: float32 would lose the rest."""
     k = 4096
@@ -243,7 +267,8 @@ def test_integer_products_are_exact():
 
 
 @pytest.mark.parametrize("name", ["w4a16-channel", "w4a16-channel-asym", "w4a16-tensor", "w8a16-channel",
-                                  "w3a16-channel", "fp8-a16", "fp8-e5m2", "w8a8", "fp8"])  # fmt: skip
+                                  "w3a16-channel", "fp8-a16", "fp8-e5m2", "w8a8", "fp8",
+                                  "w4afp8-channel"])  # fmt: skip
 def test_whole_scales_come_after_the_dot(name, rng):
     """Nothing of the weight's size is multiplied: the codes go into the dot, scales are put on y."""
     for x in (jnp.ones((2, K)), jnp.ones((2, K), jnp.bfloat16)):
@@ -269,6 +294,8 @@ def test_whole_scales_come_after_the_dot(name, rng):
         "fp8",
         "fp8-block",
         "w4a8-g16",
+        "w4afp8-g16",
+        "w4afp8-channel",
         "mxfp4-a4",
         "nf4-g16",
     ],
@@ -397,6 +424,8 @@ def test_form_says_which_row_of_the_table_runs(rng):
         "w8a8": "xla: int8 dot, then scales",
         "fp8": "xla: e4m3 dot, then scales",
         "w4a8-g16": "xla: dot of int8 and dequantized, then scale",
+        "w4afp8-g16": "xla: dot of e4m3 and dequantized, then scale",
+        "w4afp8-channel": "xla: e4m3 dot, then scales",
         "mxfp4-a4": "xla: dequantize both, then dot",
     }
     for name, words in expected.items():

@@ -34,6 +34,9 @@ MEANING = {
     "w8a8": ("int8", "channel", None, True, "float", ("int8", None, "float")),
     "w4a8": ("int4", "channel", None, True, "float", ("int8", None, "float")),
     "w4a8-g128": ("int4", "group", 128, True, "float", ("int8", None, "float")),
+    "w4afp8": ("int4", "group", 128, True, "float", E4M3_TOKEN),
+    "w4afp8-g64": ("int4", "group", 64, True, "float", E4M3_TOKEN),
+    "w4afp8-channel": ("int4", "channel", None, True, "float", E4M3_TOKEN),
     "w4a4": ("int4", "group", 128, True, "float", ("int4", None, "float")),
     "w4a4-channel": ("int4", "channel", None, True, "float", ("int4", None, "float")),
     "fp8": ("e4m3", "channel", None, True, "float", E4M3_TOKEN),
@@ -59,6 +62,7 @@ CANONICAL = {
     "w2a16": "w2a16-g64",
     "nf4": "nf4-g64",
     "w4a4": "w4a4-g128",
+    "w4afp8": "w4afp8-g128",
     "fp8": "fp8-dynamic",
     "fp8-e5m2-channel": "fp8-e5m2",
 }
@@ -108,7 +112,7 @@ def test_the_order_of_options_does_not_matter():
         "", "w", "w4", "w4a", "w4a32", "w5a16", "w16a16", "w4a16-", "w4a16-g", "w4a16-g0", "w4a16-g-1",
         "w4a16-g1.5", "w4a16-g08", "w4a16-g64-g128", "w4a16-channel-tensor", "w4a16-group",
         "w4a16-block", "w4a16-sym", "w4a16-asym-asym", "W4A16", " w4a16", "w4a16 ", "w8a4", "w3a8",
-        "w2a4", "int4", "nf4-asym", "nf4-g0", "nf8", "fp8-", "fp8-g128", "fp8-dynamic-g128",
+        "w2a4", "w8afp8", "w4afp4", "w4afp16", "w4afp8-g0", "w4afp8-block", "w4fp8", "int4", "nf4-asym", "nf4-g0", "nf8", "fp8-", "fp8-g128", "fp8-dynamic-g128",
         "fp8-block-tensor", "fp8-e4m3", "fp8-asym", "fp4", "mxfp4-a8", "mxfp8-a4", "mxfp4-g32", "mxfp6",
         "nvfp4-g16", "kv-int8",
     ],
@@ -119,11 +123,14 @@ def test_other_names_are_refused_in_one_line(name):
     message = str(caught.value)
     assert "\n" not in message and repr(name) in message
     # The line says what there is.
-    assert all(word in message for word in ("w4a16", "nf4", "w8a8", "fp8-block", "mxfp4", "nvfp4"))
+    assert all(
+        word in message
+        for word in ("w4a16", "nf4", "w8a8", "w4afp8", "fp8-block", "mxfp4", "nvfp4")
+    )
 
 
-@pytest.mark.parametrize("name", ["w8a8-asym", "w4a8-g32-asym", "w4a4-asym"])
-def test_integer_products_are_symmetric(name):
+@pytest.mark.parametrize("name", ["w8a8-asym", "w4a8-g32-asym", "w4a4-asym", "w4afp8-g32-asym"])
+def test_weights_that_meet_quantized_activations_are_symmetric(name):
     with pytest.raises(ValueError, match=f"^{name}: .*leave out -asym$"):
         Scheme.parse(name)
 

@@ -147,7 +147,15 @@ SHAPES = {"group": ((48, 33), (16, 1)), "channel": ((50, 33), (50, 1))}
 
 @pytest.mark.parametrize(
     ("bits", "activation"),
-    [(2, None), (3, None), (4, None), (8, None), (4, formats.INT8), (8, formats.INT8)],
+    [
+        (2, None),
+        (3, None),
+        (4, None),
+        (8, None),
+        (4, formats.INT8),
+        (4, formats.E4M3),
+        (8, formats.INT8),
+    ],
 )
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("kind", SHAPES)

@@ -53,7 +53,7 @@ def message(path) -> str:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w4a16-g16-asym", "w3a16-channel", "w8a8", "w4a8-g32", "fp8-dynamic", "mxfp4"],
+    ["w4a16-g16-asym", "w3a16-channel", "w8a8", "w4a8-g32", "w4afp8-g16", "fp8-dynamic", "mxfp4"],
 )
 def test_round_trip(write, scheme, assert_same_model):
     model, path = write(scheme)
@@ -117,6 +117,29 @@ def test_input_activations(write):
     assert group["input_activations"] == {
         "num_bits": 8,
         "type": "int",
+        "symmetric": True,
+        "dynamic": True,
+        "strategy": "token",
+    }
+
+
+def test_float_activations_of_packed_integers(write):
+    """What llm-compressor calls W4AFP8."""
+    _, path = write("w4afp8-g16")
+    config = config_of(path)
+    group = config["config_groups"]["group_0"]
+    assert config["format"] == group["format"] == "pack-quantized"  # vLLM reads no other
+    assert group["weights"] == {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 16,
+        "dynamic": False,
+    }
+    assert group["input_activations"] == {
+        "num_bits": 8,
+        "type": "float",
         "symmetric": True,
         "dynamic": True,
         "strategy": "token",

@@ -58,7 +58,9 @@ def test_quantized_directory_is_smaller_complete_and_as_good_as_in_memory(
 
 
 @pytest.mark.parametrize("target", ["compressed-tensors", "orbax"])
-@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a8", "w3a16-g32-asym", "fp8-block", "nvfp4"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a16-g32", "w4a8", "w4afp8-g32", "w3a16-g32-asym", "fp8-block", "nvfp4"]
+)
 def test_every_kind_of_codes_generates_what_it_does_in_memory(
     qjax, source, tmp_path, scheme, target
 ):
@@ -88,7 +90,7 @@ def test_long_rows_of_tokens_are_cut_to_seq_len(qjax, source, tokens):
 def test_recipe_file_decides_layer_by_layer(qjax, source, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(
-        json.dumps([[".*down_proj", None], [".*self_attn.*", "w4a16-g32"], [".*", "w8a8"]])
+        json.dumps([[".*down_proj", None], [".*self_attn.*", "w4afp8-g32"], [".*", "w8a8"]])
     )
     out = tmp_path / "out"
     done = qjax("quantize", source, out, "--recipe", recipe)
@@ -97,7 +99,7 @@ def test_recipe_file_decides_layer_by_layer(qjax, source, tmp_path):
     schemes = {layer["path"].rpartition("/")[2]: layer["scheme"] for layer in layers}
     assert (schemes["down_proj"], schemes["q_proj"], schemes["up_proj"]) == (
         None,
-        "w4a16-g32",
+        "w4afp8-g32",
         "w8a8",
     )
 
