@@ -23,6 +23,7 @@ from qjax_checkpoints.orbax_directory import write_orbax
 from qjax_checkpoints.parameters import pending_parameter, stored_values
 from qjax_checkpoints.shards import SHARD_BYTES, PendingTensor, pending, write_weights
 from qjax_models import Decoder
+from qjax_models.joined import is_joined
 from qjax_models.names import Layout
 
 FORMATS = ("compressed-tensors", "orbax", "dense")
@@ -66,8 +67,13 @@ def save(
 
     Raises:
         ValueError: no such format, `out` exists or cannot be made, the format does not hold a layer
-            (named), or the disk is full. Nothing is left then.
+            (named), the model's projections are joined, or the disk is full. Nothing is left then.
     """
+    if is_joined(model):
+        raise ValueError(
+            "the model's projections are joined (join_projections), and files have them apart: "
+            "save the model as it was before"
+        )
     check_writable(out)
     config = _plain_config(model, source.config)
     tensors: dict[str, PendingTensor] = {}

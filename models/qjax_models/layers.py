@@ -96,6 +96,8 @@ class Attention(nnx.Module):
             window=config.window(layer),
         )
         self.implementation: AttentionImplementation = numerics.attention
+        # Of this layer: where it is False in the configuration, `join_projections` may set it here.
+        self.fused = config.fused_projections
         query_size = config.num_heads * config.head_size
         kv_size = config.num_kv_heads * config.head_size
 
@@ -109,7 +111,7 @@ class Attention(nnx.Module):
                 rngs=rngs,
             )
 
-        if config.fused_projections:
+        if self.fused:
             self.qkv_proj = project(config.hidden_size, query_size + 2 * kv_size, config.qkv_bias)
         else:
             self.q_proj = project(config.hidden_size, query_size, config.qkv_bias)
@@ -153,7 +155,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Query, key and value heads before rotation."""
         config = self.config
-        if config.fused_projections:
+        if self.fused:
             heads = self.qkv_proj(x).reshape(*x.shape[:2], -1, config.head_size)
             ends = (config.num_heads, config.num_heads + config.num_kv_heads)
             queries, keys, values = jnp.split(heads, ends, axis=2)

@@ -17,6 +17,7 @@ from qjax_checkpoints.tokenizer import load_tokenizer
 from qjax_cli.arguments import number, whole_number
 from qjax_cli.console import Console
 from qjax_models.generate import Generator, Timing
+from qjax_models.joined import join_projections
 from qjax_models.sampling import Sampling
 
 
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"{len(prompt)} prompt tokens and {args.max_new} new ones go beyond the {context} that "
             "the model was made for"
         )
+    join_projections(checkpoint.model)
     graph, state = nnx.split(checkpoint.model)
     generator = Generator(
         nnx.merge(graph, qjax.prepare(state)),

@@ -19,6 +19,7 @@ from qjax_checkpoints import shards
 from qjax_checkpoints.load import load
 from qjax_checkpoints.parameters import stored_values
 from qjax_checkpoints.save import save
+from qjax_models import join_projections
 
 FORMATS = ["compressed-tensors", "orbax", "dense"]
 
@@ -51,6 +52,16 @@ def test_everything_goes_along(quantizable_llama, quantized, tmp_path, format):
     np.testing.assert_array_equal(
         load(out).model(jnp.arange(9)[None]), quantized(jnp.arange(9)[None])
     )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_joined_projections_are_refused(quantizable_llama, quantized, tmp_path, format):
+    """Their names are those of another family: what config.json says would not fit them."""
+    out = tmp_path / "out"
+    join_projections(quantized)
+    with pytest.raises(ValueError, match=r"^the model's projections are joined .*apart") as caught:
+        save(quantized, quantizable_llama, out, format)
+    assert "\n" not in str(caught.value) and not out.exists()
 
 
 def test_dense_holds_the_dequantized_weights(quantizable_llama, quantized, tmp_path):
