@@ -43,7 +43,7 @@ class Console:
             print(item)
 
     def text(self, piece: str) -> None:
-        """Writes a piece of generated text at once, unless stdout is for JSON."""
+        """Writes a piece of what a person reads at once, unless stdout is for JSON."""
         if not self._json_only:
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -53,15 +53,21 @@ class Console:
         self._err.print(line, markup=False)
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator["Bar"]:
-        """A progress bar on stderr; silent where stderr is no terminal."""
+    def progress(self, what: str, total: int, *, beside_text: bool = False) -> Iterator["Bar"]:
+        """A progress bar on stderr; silent where stderr is no terminal.
+
+        Args:
+          what: the bar's text.
+          total: steps.
+          beside_text: whether `text` tells as much, so that the bar is for JSON alone.
+        """
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        quiet = not self._err.is_terminal
+        quiet = not self._err.is_terminal or (beside_text and not self._json_only)
         with Progress(*columns, console=self._err, transient=True, disable=quiet) as progress:
             yield Bar(progress, progress.add_task(what, total=total))
 
@@ -96,11 +102,22 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
     """
     columns = list(zip(headings, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for row in (headings, *rows):
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(line(row, widths, left=left) for row in (headings, *rows))
+
+
+def line(cells: Sequence[str], widths: Sequence[int], *, left: int = 1) -> str:
+    """One line of a :func:`table` whose widths are known before all of its cells are.
+
+    Args:
+      cells: one a column.
+      widths: characters of each.
+      left: as in :func:`table`.
+
+    >>> line(["int4", "4.125"], [6, 7])
+    'int4      4.125'
+    """
+    set_ = [
+        cell.ljust(width) if i < left else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(set_).rstrip()
