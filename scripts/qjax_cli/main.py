@@ -24,7 +24,7 @@ COMMANDS = {
     "generate": ("qjax_cli.generate", "continue a prompt"),
     "bench": (
         "qjax_cli.bench.command",
-        "time products on this machine, against bfloat16 and the limits",
+        "time products on this machine, against bfloat16, XLA and the limits",
     ),
     "inspect": ("qjax_cli.inspect", "what each layer holds and how it is multiplied"),
 }
