@@ -39,7 +39,7 @@ from qjax_cli.console import Console
 
 SCHEMES = (
     matmul.PLAIN, "w4a16-g128", "w8a16-g128", "w8a16-channel", "fp8-a16", "fp8-dynamic", "w8a8",
-    "fp8-block", "w4a8",
+    "fp8-block", "w4a8", "w4afp8-g128",
 )  # fmt: skip
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 # (inputs, outputs): what an 8-billion Llama has, and a square.
