@@ -5,6 +5,7 @@ Configurations are tuned on a GPU and committed in `tuned.json`, keyed by device
 shape; `scripts/tune_matmul.py` fills it.
 """
 
+import dataclasses
 import functools
 import importlib.resources
 import json
@@ -16,13 +17,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import few_tokens, many_tokens
 from pallas_kernels.operands import BITS, Weights
-from pallas_kernels.product import TOKENS, Product, Tokens
+from pallas_kernels.product import Product, Tokens
 
 Config = few_tokens.Config | many_tokens.Config
 
 BUCKETS = (8, 16, 32, 64, 256, 1024, 4096)  # of tokens, in the table
 FEW = 32  # tokens up to which `few_tokens` is faster than `many_tokens`
-_MOST_WITHOUT_WARPGROUPS, _MOST_HALF_TOKENS = 64, 4096
+_MOST_HALF_TOKENS = 4096
 _NEAREST_DEVICE = "NVIDIA H100 80GB HBM3"  # for Hopper GPUs that have no table of their own
 
 
@@ -37,14 +38,12 @@ def most_tokens(product: Product) -> int | None:
     With 16-bit tokens the kernel unpacks weights anew for every 256 tokens and loses a tenth of the
     tensor cores' time to it; XLA writes them out once. At some thousand tokens that is even.
     """
-    if many_tokens.why_not(product):
-        return _MOST_WITHOUT_WARPGROUPS
     return _MOST_HALF_TOKENS if product.has_half_tokens else None
 
 
 def default_config(product: Product) -> Config:
     """A configuration that fits, for products that no table names."""
-    if product.m <= FEW or many_tokens.why_not(product):
+    if product.m <= FEW:
         return few_tokens.default_config(product)
     return many_tokens.default_config(product)
 
@@ -53,8 +52,8 @@ def config_for(product: Product, device: str | None = None) -> Config:
     """The tuned configuration of the nearest product in the device's table, else the default one.
 
     Nearest: the same ``k`` and ``n``, the number of tokens in the same bucket of `BUCKETS`, and the same
-    codes and tokens, or if there is none such, codes and tokens of as many bits; a configuration that
-    does not fit this very product is passed over.
+    codes and tokens, or if there is none such, codes and tokens of as many bits; sums of groups only if
+    the product has them, too. A configuration that does not fit this very product is passed over.
 
     Args:
       product: what is to be computed.
@@ -63,12 +62,10 @@ def config_for(product: Product, device: str | None = None) -> Config:
     kind = jax.devices()[0].device_kind if device is None else device
     entries = tuned().get(kind, tuned()[_NEAREST_DEVICE])
     bucket = next((b for b in BUCKETS if product.m <= b), BUCKETS[-1])
-    codes, tokens = product.weights, "bfloat16" if product.has_half_tokens else product.tokens
-    wanted = (bucket, product.k, product.n, *_bits(codes, tokens))
-    near = [
-        e for e in entries if (e["m"], e["k"], e["n"], *_bits(e["weights"], e["tokens"])) == wanted
-    ]
-    for entry in sorted(near, key=lambda e: (e["weights"], e["tokens"]) != (codes, tokens)):
+    tuned_for = ((entry, product_of(entry)) for entry in entries)
+    wanted = dataclasses.replace(product, m=bucket)
+    near = [(entry, other) for entry, other in tuned_for if _shape(other) == _shape(wanted)]
+    for entry, _ in sorted(near, key=lambda pair: _dtypes(pair[1]) != _dtypes(product)):
         config = config_of(entry)
         try:
             kernel_of(config).check(product, config)
@@ -78,8 +75,15 @@ def config_for(product: Product, device: str | None = None) -> Config:
     return default_config(product)
 
 
-def _bits(weights: Weights, tokens: Tokens) -> tuple[int, int]:
-    return BITS[weights], 8 * jnp.dtype(tokens).itemsize
+def _shape(product: Product) -> tuple[int | bool, ...]:
+    """What a configuration must have been tuned for."""
+    bits = BITS[product.weights], 8 * jnp.dtype(product.tokens).itemsize
+    return product.m, product.k, product.n, *bits, product.has_group_sums
+
+
+def _dtypes(product: Product) -> tuple[str, str]:
+    """What it would best have been tuned for."""
+    return product.weights, "bfloat16" if product.has_half_tokens else product.tokens
 
 
 @functools.cache
@@ -97,9 +101,8 @@ def config_of(entry: dict[str, Any]) -> Config:
 
 
 def product_of(entry: dict[str, Any]) -> Product:
-    """The product that an entry of the table was tuned for: groups of 128 where there are any."""
-    has_groups = entry["tokens"] in TOKENS[:2]
+    """The product that an entry of the table was tuned for."""
     return Product(
-        m=entry["m"], k=entry["k"], n=entry["n"], group_size=128 if has_groups else None,
+        m=entry["m"], k=entry["k"], n=entry["n"], group_size=entry["group_size"],
         weights=cast(Weights, entry["weights"]), tokens=cast(Tokens, entry["tokens"]),
     )  # fmt: skip

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels the default device can run."""
+"""What the default device is."""
 
 import jax
+
+MULTIPROCESSORS = 132  # of an H100 or H200 in its SXM form
 
 
 def is_hopper() -> bool:

@@ -1,59 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of the sums of a product before they are stored: neighbouring outputs of one token."""
+"""What becomes of the sum of a product before it is stored: scales, bias, residual."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pallas_kernels import operands
 from pallas_kernels.machine import Machine, Real, Sum, Word
 from pallas_kernels.product import Arrays, Product
 
 
-def plus(machine: Machine, product: Product, sums: list[Sum], bits: list[Word]) -> list[Sum]:
-    """Sums and the bits of further ones; none: the first."""
-    if product.is_whole:
-        return [a + b for a, b in zip(sums, bits, strict=True)] if sums else bits
-    parts = [machine.as_real(word) for word in bits]
-    return [machine.plus(a, b) for a, b in zip(sums, parts, strict=True)] if sums else parts
+@dataclass(frozen=True)
+class OfOutput:
+    """What applies to all results of an output; None: nothing does."""
+
+    scale: Real | None
+    bias: Real | None
+
+
+def plus(machine: Machine, product: Product, a: Sum, b: Sum) -> Sum:
+    """Two sums together."""
+    return a + b if product.is_whole else machine.plus(a, b)
+
+
+def as_word(machine: Machine, product: Product, total: Sum) -> Word:
+    """The bits of a sum."""
+    return total if product.is_whole else machine.as_word(total)
+
+
+def as_sum(machine: Machine, product: Product, bits: Word) -> Sum:
+    """The sum of these bits."""
+    return bits if product.is_whole else machine.as_real(bits)
+
+
+def of_tokens(
+    machine: Machine, product: Product, arrays: Arrays, m: Word, offsets: Sequence[int]
+) -> list[Real | None]:
+    """The scales of all results of the tokens m + offset; beyond the last one anything."""
+    if product.has_half_tokens or product.has_blocks:
+        return [None] * len(offsets)
+    if product.one_token_scale:
+        (scale,) = machine.pointer(arrays.token_scale, machine.word(0)).load(0, 1)
+        return [machine.as_real(scale)] * len(offsets)
+    first = machine.pointer(arrays.token_scale, m)
+    return [
+        machine.as_real(first.load_where(offset, m < max(product.m - offset, 0)))
+        for offset in offsets
+    ]
+
+
+def of_output(machine: Machine, product: Product, arrays: Arrays, n: Word) -> OfOutput:
+    """Scale and bias of an output; beyond the last one anything."""
+    n, scale = machine.minimum(n, product.n - 1), None
+    if not product.has_half_tokens and product.group_size is None:
+        start = arrays.start(machine, 1 if product.one_scale else product.n)
+        scale = machine.real_at(arrays.scale, start if product.one_scale else start + n)
+    return OfOutput(scale, None if arrays.bias is None else machine.real_at(arrays.bias, n))
 
 
 def finished(
-    machine: Machine, product: Product, arrays: Arrays, sums: list[Sum], m: Word, n: Word
-) -> list[Real]:
-    """Applies to sums what applies to all of an output: scales, bias, residual.
+    machine: Machine,
+    product: Product,
+    arrays: Arrays,
+    total: Sum,
+    m: Word,
+    n: Word,
+    token_scale: Real | None,
+    output: OfOutput,
+) -> Real:
+    """Applies to a sum what applies to it.
 
     Args:
       machine: emits the instructions.
       product: what is computed.
-      arrays: where scales, bias and residual lie.
-      sums: of a token m, of outputs from n on, a multiple of their number; beyond the last ones anything.
+      arrays: where the residual lies.
+      total: sum of token m and output n; beyond the last ones anything.
       m: token.
       n: output.
+      token_scale: from :func:`of_tokens`.
+      output: from :func:`of_output`.
     """
-    count = len(sums)
-    m, n = machine.minimum(m, product.m - 1), machine.minimum(n, product.n - count)
-    first = machine.word(0)
-    values = [_real(machine, product, value) for value in sums] if product.is_whole else sums
-
-    def combined(function: Any, others: list[Real]) -> list[Real]:
-        return [function(a, b) for a, b in zip(values, others, strict=True)]
-
-    if not product.has_half_tokens and not product.has_blocks:
-        token_scale = machine.real_at(arrays.token_scale, first if product.one_token_scale else m)
-        values = combined(machine.times, [token_scale] * count)
-        if product.one_scale:
-            scales = [machine.real_at(arrays.scale, first)] * count
-        else:
-            scales = machine.reals_at(arrays.scale, n, count)
-        values = combined(machine.times, scales)
-    if arrays.bias is not None:
-        values = combined(machine.plus, machine.reals_at(arrays.bias, n, count))
+    value = _real(machine, product, total)
+    for scale in (token_scale, output.scale):
+        value = value if scale is None else machine.times(value, scale)
+    if output.bias is not None:
+        value = machine.plus(value, output.bias)
     if arrays.residual is not None:
-        values = combined(machine.plus, machine.reals_at(arrays.residual, m * product.n + n, count))
-    return values
+        m, n = machine.minimum(m, product.m - 1), machine.minimum(n, product.n - 1)
+        value = machine.plus(value, machine.real_at(arrays.residual, m * product.n + n))
+    return value
 
 
-def _real(machine: Machine, product: Product, total: Word) -> Real:
-    """The float32 nearest to a whole sum."""
+def _real(machine: Machine, product: Product, total: Sum) -> Real:
+    """A sum as float32; the nearest to a whole one."""
+    if not product.is_whole:
+        return total
     total = machine.rounded(total)
     if product.weights == "int8":
         return total

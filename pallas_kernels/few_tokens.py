@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels import epilogue, operands, row_blocks
+from pallas_kernels.device import MULTIPROCESSORS
 from pallas_kernels.machine import Machine, Pointer, Real, Sum, Word
 from pallas_kernels.product import BLOCK, CHUNK, SHARED_BYTES, Arrays, Product
 
@@ -93,7 +94,7 @@ def shared_words(product: Product, config: Config) -> int:
     return config.threads // 32 * columns(product) * row_blocks.ROWS * config.blocks
 
 
-def default_config(product: Product, multiprocessors: int = 132) -> Config:
+def default_config(product: Product, multiprocessors: int = MULTIPROCESSORS) -> Config:
     """A configuration that fits, for products that no table names.
 
     int4: one block for each multiprocessor, with the outputs that fall to it, and as many slices as make
@@ -196,14 +197,19 @@ class _Reader:
         def token(index: Word) -> Word:
             return machine.minimum(index, product.m - 1)
 
+        start = arrays.start(machine, product.n // row_blocks.ROWS)  # row block of the layer
+
         def scales(r: Word) -> list[Pointer]:
             if product.has_blocks:
-                place = group * _scale_stride(product) + r // (BLOCK // row_blocks.ROWS)
+                stride = _scale_stride(product)
+                place = group * stride + r // (BLOCK // row_blocks.ROWS)
+                place = place + arrays.start(machine, product.groups * stride)
                 return [machine.pointer(arrays.scale, place)]
-            if not product.has_half_tokens:
+            if not product.has_pairs:
                 return []
             pairs = [arrays.scale] + ([arrays.zero] if product.has_zeros else [])
-            return [machine.pointer(a, (r * product.groups + group) * 8 + g) for a in pairs]
+            place = ((start + r) * product.groups + group) * 8 + g
+            return [machine.pointer(a, place) for a in pairs]
 
         return _Reader(
             machine=machine,
@@ -211,7 +217,7 @@ class _Reader:
             codes=[
                 machine.pointer(
                     arrays.codes,
-                    (r * chunks + chunk) * (32 * _code_words(product))
+                    ((start + r) * chunks + chunk) * (32 * _code_words(product))
                     + row_blocks.place_of(lane) * 4,
                 )
                 for r in rows
@@ -319,7 +325,7 @@ def _scale_stride(product: Product) -> int:
 
 def _pair_factors(machine: Machine, product: Product, pair: Word) -> list[Real]:
     """The scales of the four sums of a fragment: two belong to the low output, two to the high one."""
-    low, high = (machine.half_as_real(product.half, pair, which) for which in ("low", "high"))
+    low, high = (machine.half_as_real(product.pair, pair, which) for which in ("low", "high"))
     return [low, low, high, high]
 
 
@@ -439,19 +445,25 @@ def _add_slices(
         row_block, eight, place = i // (4 * eights), i // 4 % eights, i % 4
         token = quad * 2 + (8 * eight + place % 2)
         output = g + (row_blocks.ROWS * row_block + 8 * (place // 2))
-        bits = value if product.is_whole else machine.as_word(value)
+        bits = epilogue.as_word(machine, product, value)
         machine.shared_store((machine.warp * width + token) * own + output, bits)
     machine.barrier()
     for start in range(0, config.outputs * width, config.threads):
         place = machine.minimum(machine.thread + start, config.outputs * width - 1)
         token, output = place // config.outputs, place % config.outputs
-        total: list[Sum] = []
-        for piece in range(config.slices):
+
+        def of_slice(piece: int, token: Word = token, output: Word = output) -> Sum:
             warp = output // own + piece * config.rows
             bits = machine.shared_load((warp * width + token) * own + output % own)
-            total = epilogue.plus(machine, product, total, [bits])
+            return epilogue.as_sum(machine, product, bits)
+
+        total = of_slice(0)
+        for piece in range(1, config.slices):
+            total = epilogue.plus(machine, product, total, of_slice(piece))
         m, n = machine.block[1] * width + token, machine.block[0] * config.outputs + output
         inside = machine.thread + start < config.outputs * width
         inside = inside & (m < product.m) & (n < product.n)
-        (result,) = epilogue.finished(machine, product, arrays, total, m, n)
+        (token_scale,) = epilogue.of_tokens(machine, product, arrays, m, [0])
+        output = epilogue.of_output(machine, product, arrays, n)
+        result = epilogue.finished(machine, product, arrays, total, m, n, token_scale, output)
         machine.store(arrays.out, m * product.n + n, result, inside)

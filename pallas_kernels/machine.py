@@ -39,6 +39,10 @@ class Pointer(Protocol):
         """
         ...
 
+    def load_where(self, offset: int, where: Word) -> Word:
+        """Reads a word where a condition holds; elsewhere it is 0."""
+        ...
+
     def advanced(self, words: Word) -> "Pointer":
         """The place so many words on."""
         ...
@@ -60,23 +64,15 @@ class Machine(Protocol):
         """Rounds to the array's float dtype and writes, where the condition holds."""
         ...
 
-    def store_row(self, array: Any, index: Word, values: Sequence[Real], where: Word) -> None:
-        """Rounds neighbours to the array's float dtype and writes them, at a multiple of their number."""
-        ...
-
     def real_at(self, array: Any, index: Word) -> Real:
         """Reads an element of a global array of floats."""
-        ...
-
-    def reals_at(self, array: Any, index: Word, count: int) -> list[Real]:
-        """Reads neighbours of a global array of floats, at a multiple of their number."""
         ...
 
     def shared_store(self, index: Word, value: Word, offset: int = 0) -> None:
         """Writes to the block's shared memory, an array of words, at ``index + offset``."""
         ...
 
-    def shared_load(self, index: Word) -> Word:
+    def shared_load(self, index: Word, offset: int = 0) -> Word:
         """Reads from it."""
         ...
 
@@ -95,6 +91,16 @@ class Machine(Protocol):
         """
         ...
 
+    def shared_store_matrices(self, index: Word, words: Sequence[Word]) -> None:
+        """Writes two or four 8 x 8 matrices of 16-bit elements, turned around: ``stmatrix.trans`` of PTX.
+
+        Args:
+          index: lane ``8 i + column`` says where that column of matrix i is to begin: 4 words, at a
+            multiple of 4.
+          words: for each matrix i one: of lane ``4 g + c`` the elements 2 c and 2 c + 1 of row g.
+        """
+        ...
+
     def start_arrivals(self, place: Word, count: int, threads: int) -> None:
         """Makes so many arrivals of two words of shared memory each; used after the next barrier.
 
@@ -103,25 +109,31 @@ class Machine(Protocol):
         """
         ...
 
-    def arrive(self, arrival: Word, where: Word) -> None:
-        """The threads for which the condition holds arrive, with all that they have done so far."""
+    def one_thread(self, where: Word, body: Callable[[], None]) -> None:
+        """Runs something on one thread of each warp for which a condition holds.
+
+        Args:
+          where: the same for a whole warp.
+          body: of :meth:`arrive`, :meth:`expect` and copies.
+        """
         ...
 
-    def expect(self, arrival: Word, nbytes: int, where: Word) -> None:
-        """The thread for which the condition holds arrives, and tells what copies bring in all."""
+    def arrive(self, arrival: Word) -> None:
+        """The thread arrives, with all that it has done so far."""
         ...
 
-    def copy_words(
-        self, place: Word, source: Pointer, count: int, arrival: Word, where: Word
-    ) -> None:
-        """Begins to copy neighbouring words of a global array to shared memory, a copy for each thread.
+    def expect(self, arrival: Word, nbytes: int) -> None:
+        """The thread arrives, and tells what copies bring in all."""
+        ...
+
+    def copy_words(self, place: Word, source: Pointer, count: int, arrival: Word) -> None:
+        """Begins to copy neighbouring words of a global array to shared memory.
 
         Args:
           place: of shared memory; it and the source are multiples of 4.
           source: in the global array.
           count: of words, a multiple of 4.
           arrival: counts them off.
-          where: which threads copy.
         """
         ...
 
@@ -133,7 +145,6 @@ class Machine(Protocol):
         column: Word,
         tokens: int,
         arrival: Word,
-        where: Word,
     ) -> None:
         """Begins to copy 128 bytes of so many tokens, as :meth:`wgmma` takes them.
 
@@ -144,8 +155,24 @@ class Machine(Protocol):
           column: element of a token where the 128 bytes begin.
           tokens: how many.
           arrival: counts off 128 bytes for each.
-          where: which one thread copies.
         """
+        ...
+
+    def copy_out(self, place: Word, array: Any, token: Word, output: Word, tokens: int) -> None:
+        """Begins to copy 64 outputs of so many tokens from shared memory to a global ``[m, n]``.
+
+        Args:
+          place: of shared memory, a multiple of 256, which the warpgroup has written before its last
+            barrier: rows of 16-bit floats, which lie as :meth:`copy_tokens` lays them.
+          array: what lies beyond its edges is left out.
+          token: the first.
+          output: the first.
+          tokens: how many.
+        """
+        ...
+
+    def wait_for_copies_out(self) -> None:
+        """Waits until those that this thread began have read what they copy."""
         ...
 
     def wait_for(self, arrival: Word, turn: Word) -> None:
@@ -154,6 +181,10 @@ class Machine(Protocol):
 
     def barrier(self) -> None:
         """Waits for all threads of the block; what they wrote to shared memory is visible then."""
+        ...
+
+    def warpgroup_barrier(self) -> None:
+        """Waits for the threads of the warpgroup; they, and what they copy out, see what they wrote."""
         ...
 
     def word(self, value: int) -> Word:
@@ -199,6 +230,10 @@ class Machine(Protocol):
 
     def rounded(self, integer: Word) -> Real:
         """The float32 nearest to an int32."""
+        ...
+
+    def half_pair(self, half: Half, low: Real, high: Real) -> Word:
+        """Two floats, rounded, as a pair."""
         ...
 
     def half_pair_minus(self, half: Half, a: Word, b: Word) -> Word:
@@ -262,7 +297,8 @@ class Machine(Protocol):
         a: Sequence[Sequence[Word]],
         tile: Word,
         step: int,
-        sums: Sequence[Sequence[Sum]],
+        sums: Sequence[Sequence[Sum]] | None,
+        tokens: int,
     ) -> list[list[Sum]]:
         """Begins a warpgroup's products ``A_i [64, 32 bytes] . B [32 bytes, tokens] + C_i``, ``wgmma``.
 
@@ -277,8 +313,9 @@ class Machine(Protocol):
             is a part, transposed. Token t has 32 words; its j-th 16 bytes are the four words from
             ``4 * (j ^ t % 8)``.
           step: B is bytes 32 step to 32 step + 31.
-          sums: for each i the C; lane ``4 g + c`` holds, for each 8 tokens, rows g, g, g + 8, g + 8 at
-            tokens 2 c, 2 c + 1, 2 c, 2 c + 1.
+          sums: for each i the C; None: nothing. Lane ``4 g + c`` holds, for each 8 tokens, rows g, g,
+            g + 8, g + 8 at tokens 2 c, 2 c + 1, 2 c, 2 c + 1.
+          tokens: how many, a multiple of 8 up to 256.
         """
         ...
 

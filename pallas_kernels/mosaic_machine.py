@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
 from pallas_kernels.machine import Half, Operand
 
@@ -167,6 +167,15 @@ class MosaicPointer:
             return [MosaicWord(loaded)]
         return [MosaicWord(llvm.extractvalue(_i32(), loaded, [i])) for i in range(count)]
 
+    def load_where(self, offset: int, where: MosaicWord) -> MosaicWord:
+        """One predicated load."""
+        condition = arith.extui(_i32(), where.value)
+        text = (
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; "
+            f"@p ld.global.nc.b32 $0, [$1+{4 * offset}]; }}"
+        )
+        return MosaicWord(_asm(_i32(), [self.address, condition], text, "=&r,l,r"))
+
     def advanced(self, words: MosaicWord | int) -> "MosaicPointer":
         """Further on."""
         return MosaicPointer(arith.addi(self.address, _bytes(words, 4)))
@@ -206,34 +215,13 @@ class MosaicMachine:
         return MosaicPointer(arith.addi(_address(array), _bytes(word, 4)))
 
     def store(self, array: ir.Value, index: MosaicWord, value: ir.Value, where: MosaicWord) -> None:
-        """A predicated store."""
+        """One store in a branch: a predicate would need registers that the assembler does not have."""
         dtype = ir.MemRefType(array.type).element_type
         address = arith.addi(_address(array), _bytes(index, 4 if dtype == _f32() else 2))
         branch = scf.IfOp(where.value)
         with ir.InsertionPoint(branch.then_block):
             rounded = value if dtype == _f32() else arith.truncf(dtype, value)
             llvm.store(rounded, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
-            scf.yield_([])
-
-    def store_row(
-        self, array: ir.Value, index: MosaicWord, values: Sequence[ir.Value], where: MosaicWord
-    ) -> None:
-        """A predicated store of vectors, 16 bytes at most in one instruction."""
-        dtype = ir.MemRefType(array.type).element_type
-        size = 4 if dtype == _f32() else 2
-        address = arith.addi(_address(array), _bytes(index, size))
-        branch = scf.IfOp(where.value)
-        with ir.InsertionPoint(branch.then_block):
-            most = 16 // size
-            for start in range(0, len(values), most):
-                piece = values[start : start + most]
-                row = llvm.mlir_undef(ir.VectorType.get((len(piece),), dtype))
-                for i, value in enumerate(piece):
-                    rounded = value if dtype == _f32() else arith.truncf(dtype, value)
-                    row = llvm.insertelement(row, rounded, _integer(i, _i32()))
-                place = arith.addi(address, _integer(size * start, _i64()))
-                pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), place)
-                llvm.store(row, pointer, alignment=size * len(piece))
             scf.yield_([])
 
     def real_at(self, array: ir.Value, index: MosaicWord) -> ir.Value:
@@ -243,20 +231,6 @@ class MosaicMachine:
         address = arith.addi(_address(array), _bytes(index, size))
         value = llvm.load(dtype, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
         return value if dtype == _f32() else arith.extf(_f32(), value)
-
-    def reals_at(self, array: ir.Value, index: MosaicWord, count: int) -> list[ir.Value]:
-        """Loads of 16 bytes at most, and what makes float32 of them."""
-        dtype = ir.MemRefType(array.type).element_type
-        size = 4 if dtype == _f32() else 2
-        address, most = arith.addi(_address(array), _bytes(index, size)), 16 // size
-        values = []
-        for start in range(0, count, most):
-            length = min(most, count - start)
-            place = arith.addi(address, _integer(size * start, _i64()))
-            pointer = llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), place)
-            row = llvm.load(ir.VectorType.get((length,), dtype), pointer, alignment=size * length)
-            values += [llvm.extractelement(row, _integer(i, _i32())) for i in range(length)]
-        return values if dtype == _f32() else [arith.extf(_f32(), value) for value in values]
 
     def _shared_place(self, index: MosaicWord, offset: int = 0) -> ir.Value:
         """A constant offset becomes a part of the instruction."""
@@ -269,9 +243,9 @@ class MosaicMachine:
         """One store."""
         llvm.store(value.value, self._shared_place(index, offset))
 
-    def shared_load(self, index: MosaicWord) -> MosaicWord:
+    def shared_load(self, index: MosaicWord, offset: int = 0) -> MosaicWord:
         """One load."""
-        return MosaicWord(llvm.load(_i32(), self._shared_place(index)))
+        return MosaicWord(llvm.load(_i32(), self._shared_place(index, offset)))
 
     def shared_load_row(self, index: MosaicWord, count: int, offset: int = 0) -> list[MosaicWord]:
         """One vector load."""
@@ -293,6 +267,14 @@ class MosaicMachine:
         )
         return [MosaicWord(llvm.extractvalue(_i32(), out, [i])) for i in range(4)]
 
+    def shared_store_matrices(self, index: MosaicWord, words: Sequence[MosaicWord]) -> None:
+        """One instruction."""
+        count = len(words)
+        names = ",".join(f"${i + 1}" for i in range(count))
+        text = f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 [$0], {{{names}}};"
+        operands = [self._shared_address(index), *(word.value for word in words)]
+        _order(text, operands, ",".join("r" * (count + 1)) + ",~{memory}")
+
     def start_arrivals(self, place: MosaicWord, count: int, threads: int) -> None:
         """Barriers in shared memory."""
         first = self.thread < 1
@@ -302,31 +284,34 @@ class MosaicMachine:
         _order("fence.mbarrier_init.release.cluster;", [], "~{memory}")
         _order("fence.proxy.async.shared::cta;", [], "~{memory}")
 
-    def arrive(self, arrival: MosaicWord, where: MosaicWord) -> None:
-        """One predicated instruction."""
-        text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
-        _order_where(where, text, [self._shared_address(arrival)], "r")
+    def one_thread(self, where: MosaicWord, body: Callable[[], None]) -> None:
+        """A branch that all operands of copies are uniform in: as the assembler wants it."""
+        elected = arith.andi(where.value, nvvm.elect_sync())
+        branch = scf.IfOp(elected)
+        with ir.InsertionPoint(branch.then_block):
+            body()
+            scf.yield_([])
 
-    def expect(self, arrival: MosaicWord, nbytes: int, where: MosaicWord) -> None:
-        """One predicated instruction."""
+    def arrive(self, arrival: MosaicWord) -> None:
+        """One instruction."""
+        address = self._shared_address(arrival)
+        _order("mbarrier.arrive.shared::cta.b64 _, [$0];", [address], "r,~{memory}")
+
+    def expect(self, arrival: MosaicWord, nbytes: int) -> None:
+        """One instruction."""
         text = f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {nbytes};"
-        _order_where(where, text, [self._shared_address(arrival)], "r")
+        _order(text, [self._shared_address(arrival)], "r,~{memory}")
 
     def copy_words(
-        self,
-        place: MosaicWord,
-        source: MosaicPointer,
-        count: int,
-        arrival: MosaicWord,
-        where: MosaicWord,
+        self, place: MosaicWord, source: MosaicPointer, count: int, arrival: MosaicWord
     ) -> None:
-        """One predicated instruction."""
+        """One instruction."""
         text = (
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
             f"[$0], [$1], {4 * count}, [$2];"
         )
         operands = [self._shared_address(place), source.address, self._shared_address(arrival)]
-        _order_where(where, text, operands, "r,l,r")
+        _order(text, operands, "r,l,r,~{memory}")
 
     def copy_tokens(
         self,
@@ -336,23 +321,54 @@ class MosaicMachine:
         column: MosaicWord,
         tokens: int,
         arrival: MosaicWord,
-        where: MosaicWord,
     ) -> None:
         """The tensor memory accelerator, by Mosaic's hand: it has the descriptor made on the host."""
-        dtype = ir.MemRefType(array.type).element_type
-        columns = 128 // utils.bytewidth(dtype)
-        tile = ir.MemRefType.get((tokens, columns), dtype, memory_space=utils.smem())
         self._context.async_copy(
             src_ref=array,
-            dst_ref=utils.ptr_as_memref(self._shared_place(place), tile),
-            gmem_slice=(
-                utils.DynamicSlice(_index(token), tokens),
-                utils.DynamicSlice(_index(column), columns),
-            ),
+            dst_ref=self._tile(place, array, tokens),
+            gmem_slice=self._slice(array, token, column, tokens),
             barrier=self._arrival(arrival),
             swizzle=128,
             arrive=False,
-            predicate=where.value,
+            predicate=None,
+        )
+
+    def copy_out(
+        self,
+        place: MosaicWord,
+        array: ir.Value,
+        token: MosaicWord,
+        output: MosaicWord,
+        tokens: int,
+    ) -> None:
+        """The tensor memory accelerator, likewise."""
+        self._context.async_copy(
+            src_ref=self._tile(place, array, tokens),
+            dst_ref=array,
+            gmem_slice=self._slice(array, token, output, tokens),
+            swizzle=128,
+            predicate=None,
+        )
+
+    def wait_for_copies_out(self) -> None:
+        """One instruction, for all threads: most have begun none."""
+        _order("cp.async.bulk.wait_group.read 0;", [], "~{memory}")
+
+    def _tile(self, place: MosaicWord, array: ir.Value, tokens: int) -> ir.Value:
+        """128 bytes of so many tokens in shared memory."""
+        dtype = ir.MemRefType(array.type).element_type
+        shape = (tokens, 128 // utils.bytewidth(dtype))
+        tile = ir.MemRefType.get(shape, dtype, memory_space=utils.smem())
+        return utils.ptr_as_memref(self._shared_place(place), tile)
+
+    def _slice(
+        self, array: ir.Value, token: MosaicWord, column: MosaicWord, tokens: int
+    ) -> tuple[utils.DynamicSlice, utils.DynamicSlice]:
+        """The same of a global array."""
+        columns = 128 // utils.bytewidth(ir.MemRefType(array.type).element_type)
+        return (
+            utils.DynamicSlice(_index(token), tokens),
+            utils.DynamicSlice(_index(column), columns),
         )
 
     def _arrival(self, arrival: MosaicWord) -> utils.BarrierRef:
@@ -367,6 +383,12 @@ class MosaicMachine:
     def barrier(self) -> None:
         """Of all threads of the block."""
         gpu.barrier()
+
+    def warpgroup_barrier(self) -> None:
+        """Named barriers 1, 2 and so on; 0 is that of all threads."""
+        _order("fence.proxy.async.shared::cta;", [], "~{memory}")
+        own = self.warp // 4 + 1
+        _order("bar.sync $0, 128;", [own.value], "r,~{memory}")
 
     def word(self, value: int) -> MosaicWord:
         """A constant."""
@@ -417,6 +439,11 @@ class MosaicMachine:
     def rounded(self, integer: MosaicWord) -> ir.Value:
         """One conversion."""
         return arith.sitofp(_f32(), integer.value)
+
+    def half_pair(self, half: Half, low: ir.Value, high: ir.Value) -> MosaicWord:
+        """One instruction."""
+        text = f"cvt.rn.{_PTX_HALF[half]}x2.f32 $0, $1, $2;"
+        return MosaicWord(_asm(_i32(), [high, low], text, "=r,f,f"))
 
     def half_pair_minus(self, half: Half, a: MosaicWord, b: MosaicWord) -> MosaicWord:
         """One instruction for the pair."""
@@ -486,16 +513,17 @@ class MosaicMachine:
         a: Sequence[Sequence[MosaicWord]],
         tile: MosaicWord,
         step: int,
-        sums: Sequence[Sequence[Any]],
+        sums: Sequence[Sequence[Any]] | None,
+        tokens: int,
     ) -> list[list[Any]]:
         """One instruction for each i, and the commit of them together."""
         # Registers of A and C must be written before the fence; what LLVM takes for pure it could move.
-        flat = [_raw(v) for values in (*a, *sums) for v in values]
+        flat = [_raw(v) for values in (*a, *(sums or ())) for v in values]
         flat = _pinned("wgmma.fence.sync.aligned;", flat)
-        a_flat, c_flat = flat[: 4 * len(a)], flat[4 * len(a) :]
-        descriptor, count = self._descriptor(tile, step), len(sums[0])
+        a_flat, c_flat, count = flat[: 4 * len(a)], flat[4 * len(a) :], tokens // 2
+        descriptor = self._descriptor(tile, step)
         results = [
-            _wgmma(kind, a_flat[4 * i :][:4], descriptor, c_flat[count * i :][:count])
+            _wgmma(kind, a_flat[4 * i :][:4], descriptor, c_flat[count * i :][:count], tokens)
             for i in range(len(a))
         ]
         _order("wgmma.commit_group.sync.aligned;", [], "")
@@ -543,25 +571,26 @@ def _pinned(text: str, values: Sequence[ir.Value]) -> list[Any]:
 
 
 def _wgmma(
-    kind: Operand, a: Sequence[ir.Value], descriptor: ir.Value, c: Sequence[ir.Value]
+    kind: Operand, a: Sequence[ir.Value], descriptor: ir.Value, c: Sequence[ir.Value], tokens: int
 ) -> list[Any]:
-    """``C + A . B``, under way when it returns."""
-    count, type_ = len(c), c[0].type
-    names = [f"${i}" for i in range(2 * count + 5)]
-    accumulators, rest = ",".join(names[:count]), names[2 * count :]
-    shape = f"m64n{2 * count}k{16 if kind in _PTX_HALF else 32}"
+    """``C + A . B``, under way when it returns; no C: ``A . B``."""
+    count, type_ = tokens // 2, _i32() if kind == "int8" else _f32()
+    names = [f"${i}" for i in range(count + len(c) + 5)]
+    accumulators, rest = ",".join(names[:count]), names[count + len(c) :]
+    shape = f"m64n{tokens}k{16 if kind in _PTX_HALF else 32}"
+    adds = 1 if c else 0
     dtypes, options = {
-        "bfloat16": ("f32.bf16.bf16", ", 1, 1, 1, 0"),
-        "float16": ("f32.f16.f16", ", 1, 1, 1, 0"),
-        "int8": ("s32.s8.s8", ", 1"),
-        "float8_e4m3fn": ("f32.e4m3.e4m3", ", 1, 1, 1"),
+        "bfloat16": ("f32.bf16.bf16", ", 1, 1, 0"),
+        "float16": ("f32.f16.f16", ", 1, 1, 0"),
+        "int8": ("s32.s8.s8", ""),
+        "float8_e4m3fn": ("f32.e4m3.e4m3", ", 1, 1"),
     }[kind]
     text = (
         f"wgmma.mma_async.sync.aligned.{shape}.{dtypes} "
-        f"{{{accumulators}}}, {{{','.join(rest[:4])}}}, {rest[4]}{options};"
+        f"{{{accumulators}}}, {{{','.join(rest[:4])}}}, {rest[4]}, {adds}{options};"
     )
-    register = "f" if type_ == _f32() else "r"
-    constraints = [f"={register}"] * count + [str(i) for i in range(count)] + ["r"] * 4 + ["l"]
+    register = "r" if kind == "int8" else "f"
+    constraints = [f"={register}"] * count + [str(i) for i in range(len(c))] + ["r"] * 4 + ["l"]
     result = llvm.StructType.get_literal([type_] * count)
     out: Any = llvm.inline_asm(
         result, [*c, *a, descriptor], text, ",".join(constraints), has_side_effects=True

@@ -60,6 +60,14 @@ class NumpyPointer:
         places = np.where(self.machine.active, places, 0)
         return [self.array[places + i] for i in range(count)]
 
+    def load_where(self, offset: int, where: Any) -> Words:
+        """Reads; refuses places outside the array where the condition holds."""
+        places = self.index.astype(np.int64) + offset
+        active = self.machine.active & where
+        if np.any(places[active] >= self.array.size):
+            raise IndexError(f"word {places[active].max()} of an array of {self.array.size}")
+        return np.where(active, self.array[np.where(active, places, 0)], np.uint32(0))
+
     def advanced(self, words: Words | int) -> "NumpyPointer":
         """Further on."""
         return NumpyPointer(self.array, self.index + np.uint32(words), self.machine)
@@ -77,6 +85,8 @@ class NumpyMachine:
         self._shared = np.zeros(shared, np.uint32)
         self._written = np.zeros(shared, bool)
         self._writers: dict[int, int] = {}  # of words that only they see: since the last barrier
+        self._seen: dict[int, int] = {}  # words that only the threads of a warpgroup see, likewise
+        self._going_out: set[int] = set()  # words that copies out may still be reading
         self._arrivals: dict[int, Arrival] = {}  # by their place
         self._stored: set[int] = set()  # words that threads wrote, and no copy: not for wgmma
         self._under_way: list[set[int]] = []  # what each product reads that is not waited for
@@ -106,34 +116,23 @@ class NumpyMachine:
             raise IndexError(f"element {index.max()} of an array of {array.size}")
         return array.reshape(-1)[index].astype(np.float32)
 
-    def store_row(
-        self, array: np.ndarray, index: Words, values: Sequence[Reals], where: Any
-    ) -> None:
-        """Writes; refuses rows that are not aligned."""
-        if np.any(index[where] % len(values)):
-            raise IndexError(f"a row of {len(values)} at {index[where][0]}")
-        for i, value in enumerate(values):
-            self.store(array, index + np.uint32(i), value, where)
-
-    def reals_at(self, array: np.ndarray, index: Words, count: int) -> list[Reals]:
-        """Reads; refuses rows that are not aligned."""
-        if np.any(index % count):
-            raise IndexError(f"a row of {count} at {index[index % count != 0][0]}")
-        return [self.real_at(array, index + np.uint32(i)) for i in range(count)]
-
     def shared_store(self, index: Words, value: Words, offset: int = 0) -> None:
         """Writes; refuses places that another thread has written since the last barrier."""
         index = index + np.uint32(offset)
         self._check_free(index)
-        self._write(index, value)
+        self._write(index, value, self.thread)
 
     def _check_free(self, index: np.ndarray) -> None:
-        places = set(index.tolist())
+        places = set(index.reshape(-1).tolist())
         if any(places & read for read in (*self._under_way, *self._waited)):
             raise ValueError("shared memory is written that a wgmma may still be reading")
+        if places & self._going_out:
+            raise ValueError("shared memory is written that a copy out may still be reading")
 
-    def _write(self, index: Words, word: Words) -> None:
-        for place, thread in zip(index.tolist(), self.thread.tolist(), strict=True):
+    def _write(self, index: np.ndarray, word: np.ndarray, threads: np.ndarray) -> None:
+        for place, thread in zip(index.tolist(), threads.tolist(), strict=True):
+            if self._seen.pop(place, thread // 128) != thread // 128:
+                raise ValueError(f"thread {thread} overwrites word {place} of another warpgroup")
             if self._writers.setdefault(place, thread) != thread:
                 raise ValueError(
                     f"threads {self._writers[place]} and {thread} race for word {place}"
@@ -142,14 +141,23 @@ class NumpyMachine:
         self._shared[index] = word
         self._written[index] = True
 
-    def shared_load(self, index: Words) -> Words:
+    def shared_load(self, index: Words, offset: int = 0) -> Words:
         """Reads; refuses what was written since the last barrier, or never."""
+        index = index + np.uint32(offset)
+        self._check_readable(index, self.thread // 128)
+        return self._shared[index]
+
+    def _check_readable(self, index: np.ndarray, warpgroups: np.ndarray) -> None:
         places = index.reshape(-1).tolist()
         if self._writers.keys() & set(places):
             raise ValueError("shared memory is read without a barrier after it was written")
+        if self._seen and any(
+            self._seen.get(place, warpgroup) != warpgroup
+            for place, warpgroup in zip(places, warpgroups.tolist(), strict=True)
+        ):
+            raise ValueError("shared memory is read that another warpgroup has written for itself")
         if not self._written[index].all():
             raise ValueError("shared memory is read that nobody has written")
-        return self._shared[index]
 
     def shared_load_row(self, index: Words, count: int, offset: int = 0) -> list[Words]:
         """Reads; refuses rows that are not aligned."""
@@ -166,6 +174,21 @@ class NumpyMachine:
         rows = [index[self.thread - lane + 8 * i + lane // 4] for i in range(4)]
         return [self.shared_load(row + lane % 4) for row in rows]
 
+    def shared_store_matrices(self, index: Words, words: Sequence[Words]) -> None:
+        """Writes the columns that lanes name; of two matrices the upper lanes name none."""
+        if np.any(index % 4):
+            raise IndexError(f"a row of 4 words of shared memory at {index[index % 4 != 0][0]}")
+        warps, column = np.arange(len(index) // 32)[:, None], np.arange(8)
+        for i, word in enumerate(words):
+            # [warp, g, 2 c + e] to a row of eight elements for each column 2 c + e.
+            halves = np.ascontiguousarray(word).view(np.uint16).reshape(-1, 8, 8)
+            rows = np.ascontiguousarray(halves.swapaxes(1, 2)).view(np.uint32)  # warp, column, 4
+            threads = 32 * warps + 8 * i + column
+            places = index[threads][:, :, None] + np.arange(4)
+            self._check_free(places)
+            named = np.broadcast_to(threads[:, :, None], places.shape)
+            self._write(places.reshape(-1), rows.reshape(-1), named.reshape(-1))
+
     def start_arrivals(self, place: Words, count: int, threads: int) -> None:
         """Refuses places that differ: one thread does it."""
         if np.any(place != place[0]):
@@ -173,24 +196,30 @@ class NumpyMachine:
         for arrival in range(int(place[0]), int(place[0]) + 2 * count, 2):
             self._arrivals[arrival] = Arrival(threads)
 
-    def arrive(self, arrival: Words, where: Any) -> None:
+    def one_thread(self, where: Any, body: Callable[[], None]) -> None:
+        """The first of each warp; refuses a condition that parts a warp."""
+        if np.any(where != np.repeat(where[::32], 32)):
+            raise ValueError("a condition for one thread of a warp parts the warp")
+        with self._only(where & (self.thread % 32 == 0)):
+            body()
+
+    def arrive(self, arrival: Words) -> None:
         """Notes what the threads have waited for: it may be written over once the turn is waited for."""
-        for place, count in zip(*np.unique(arrival[where], return_counts=True), strict=True):
+        places = arrival[self.active]
+        for place, count in zip(*np.unique(places, return_counts=True), strict=True):
             self._arrivals[int(place)].arrive(int(count), self._waited)
 
-    def expect(self, arrival: Words, nbytes: int, where: Any) -> None:
+    def expect(self, arrival: Words, nbytes: int) -> None:
         """Refuses an arrival whose last turn nobody has waited for."""
-        for place in arrival[where].tolist():
+        for place in arrival[self.active].tolist():
             if self._arrivals[place].expected:
                 raise ValueError("an arrival is told again what to expect before it was waited for")
             self._arrivals[place].expected = nbytes
             self._arrivals[place].arrive(1, [])
 
-    def copy_words(
-        self, place: Words, source: NumpyPointer, count: int, arrival: Words, where: Any
-    ) -> None:
+    def copy_words(self, place: Words, source: NumpyPointer, count: int, arrival: Words) -> None:
         """Reads at once; writes when it is waited for."""
-        for thread in np.flatnonzero(where):
+        for thread in np.flatnonzero(self.active):
             first, start = int(source.index[thread]), int(place[thread])
             if start % 4 or first % 4 or count % 4:
                 raise IndexError(f"{count} words from {first} to {start} of shared memory")
@@ -202,11 +231,11 @@ class NumpyMachine:
 
     def copy_tokens(
         self, place: Words, array: np.ndarray, token: Words, column: Words, tokens: int,
-        arrival: Words, where: Any,
+        arrival: Words,
     ) -> None:  # fmt: skip
         """Reads at once; writes when it is waited for."""
         words = np.ascontiguousarray(array).view(np.uint32)
-        for thread in np.flatnonzero(where):
+        for thread in np.flatnonzero(self.active):
             start, first = int(place[thread]), int(token[thread])
             if start % 256:
                 raise IndexError(f"tokens at {start} of shared memory, must be a multiple of 256")
@@ -217,6 +246,28 @@ class NumpyMachine:
             t, j = np.arange(tokens)[:, None], np.arange(32)
             places = start + 32 * t + 4 * ((j // 4) ^ t % 8) + j % 4
             self._begin(arrival[thread], places.reshape(-1), rows.reshape(-1))
+
+    def copy_out(
+        self, place: Words, array: np.ndarray, token: Words, output: Words, tokens: int
+    ) -> None:
+        """Writes at once; refuses what is not there yet, and places that were written before."""
+        for thread in np.flatnonzero(self.active):
+            start, first, left = (int(word[thread]) for word in (place, token, output))
+            if start % 256:
+                raise IndexError(f"results at {start} of shared memory, must be a multiple of 256")
+            t, j = np.arange(tokens)[:, None], np.arange(32)
+            places = start + 32 * t + 4 * ((j // 4) ^ t % 8) + j % 4
+            self._check_readable(places, np.full(places.size, thread // 128))
+            self._going_out.update(places.reshape(-1).tolist())
+            rows = self._shared[places].view(array.dtype)
+            there = array[first : first + tokens, left : left + rows.shape[1]]
+            if not np.isnan(there.astype(np.float32)).all():
+                raise ValueError("a place is stored to twice; the output must begin as NaN")
+            there[:] = rows[: there.shape[0], : there.shape[1]]
+
+    def wait_for_copies_out(self) -> None:
+        """All of them: threads go together here."""
+        self._going_out.clear()
 
     def _begin(self, arrival: Any, places: np.ndarray, words: np.ndarray) -> None:
         self._check_free(places)
@@ -247,7 +298,13 @@ class NumpyMachine:
     def barrier(self) -> None:
         """Makes writes visible, and frees what products that were waited for have read."""
         self._writers.clear()
+        self._seen.clear()
         self._waited.clear()
+
+    def warpgroup_barrier(self) -> None:
+        """Makes writes visible to the warpgroup of who wrote."""
+        self._seen.update({place: thread // 128 for place, thread in self._writers.items()})
+        self._writers.clear()
 
     def word(self, value: int) -> Words:
         """A constant."""
@@ -280,8 +337,10 @@ class NumpyMachine:
     def _only(self, where: Any) -> Iterator[None]:
         before = self.active
         self.active = before & where
-        yield
-        self.active = before
+        try:
+            yield
+        finally:
+            self.active = before
 
     def fma(self, a: Reals, b: Reals, c: Reals) -> Reals:
         """Rounded once."""
@@ -306,6 +365,10 @@ class NumpyMachine:
     def rounded(self, integer: Words) -> Reals:
         """To the nearest."""
         return integer.view(np.int32).astype(np.float32)
+
+    def half_pair(self, half: Half, low: Reals, high: Reals) -> Words:
+        """To the nearest."""
+        return _joined(half, np.stack([low, high], axis=-1))
 
     def half_pair_minus(self, half: Half, a: Words, b: Words) -> Words:
         """Pair by pair."""
@@ -377,10 +440,13 @@ class NumpyMachine:
         a: Sequence[Sequence[Words]],
         tile: Words,
         step: int,
-        sums: Sequence[Sequence[Any]],
+        sums: Sequence[Sequence[Any]] | None,
+        tokens: int,
     ) -> list[list["Pending"]]:
         """Multiplies at once, and remembers what must not change until it is waited for."""
-        tokens = 2 * len(sums[0])
+        if sums is None:
+            nothing = self.word(0) if kind == "int8" else self.real(0.0)
+            sums = [[nothing] * (tokens // 2) for _ in a]
         starts = tile.reshape(-1, 128)  # a warpgroup a row
         if np.any(starts != starts[:, :1]) or np.any(starts % 256):
             raise IndexError(f"tiles begin at {starts[:, 0]}: one multiple of 256 a warpgroup")

@@ -42,6 +42,8 @@ _LIFT_BITS = {136: 0x43084308, 1032: 0x64086408, 1152: 0x64806480}
 
 # What products of int4 are too large by: as int8 they stand in the high nibble.
 INT4_IN_INT8 = 16
+# What they are too small by, as the reciprocal: as e4m3 they stand in the lowest bits of the mantissa.
+INT4_IN_E4M3 = 2.0**-9
 
 
 def constant_offset(machine: Machine, weights: Weights, half: Half) -> Word | None:
@@ -91,6 +93,29 @@ def int8_operand(machine: Machine, weights: Weights, words: Sequence[Word]) -> l
         return list(words)
     sign = machine.word(0x80808080)  # unsigned to two's complement
     return [machine.lifted(row, 0xF0F0F0F0, sign) for word in words for row in (word << 4, word)]
+
+
+def e4m3_operand(machine: Machine, weights: Weights, words: Sequence[Word]) -> list[Word]:
+    """The A operand of one product of 16 outputs x 32 inputs of e4m3: int4 times `INT4_IN_E4M3`.
+
+    ``m * 2**-9`` is the byte m for m up to 8, subnormal up to 7; the sign is the highest bit. A nibble is
+    u = code + 8, negative where its highest bit is 0: then the byte is ``0x80 | 8 - u``, and
+    ``8 - u = (u & 7 ^ 7) + 1``; else it is ``u & 7``.
+
+    Args:
+      machine: emits the instructions.
+      weights: int4.
+      words: of the layout, two, as in :func:`int8_operand`.
+    """
+    assert weights == "int4", "others are multiplied as they are"
+    return [_e4m3_nibbles(machine, word, row) for word in words for row in (0, 4)]
+
+
+def _e4m3_nibbles(machine: Machine, word: Word, shift: int) -> Word:
+    """Every second nibble: 5 or 6 instructions for four codes."""
+    negative = machine.lifted(word >> (shift + 3), 0x01010101, machine.word(0x01010101))
+    magnitude = machine.lifted(word >> shift if shift else word, 0x07070707, negative * 7)
+    return negative * 0x81 + magnitude
 
 
 def e4m3_pairs(machine: Machine, word: Word) -> list[Word]:

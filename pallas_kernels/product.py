@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from pallas_kernels import operands, row_blocks
-from pallas_kernels.machine import Half, Operand
+from pallas_kernels.machine import Half, Machine, Operand, Word
 from pallas_kernels.operands import Weights
 
 CHUNK = 128  # inputs that products consist of
@@ -13,6 +13,8 @@ GROUP_SIZES = (32, 64, 128)
 BLOCK = 128  # inputs and outputs that share a scale where 8-bit floats meet; inputs of a token, too
 
 Tokens = Literal["bfloat16", "float16", "int8", "float8_e4m3fn"]
+Out = Literal["bfloat16", "float16", "float32"]
+OUT: tuple[Out, ...] = ("bfloat16", "float16", "float32")
 TOKENS: tuple[Tokens, ...] = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 _BYTE_TOKENS: dict[Weights, tuple[Tokens, ...]] = {
     "int4": ("int8", "float8_e4m3fn"), "int8": ("int8",), "float8_e4m3fn": ("float8_e4m3fn",),
@@ -36,8 +38,10 @@ class Product:
       weights: dtype of the codes.
       tokens: dtype of the tokens.
       has_zeros: whether groups have a zero of their own, instead of 0.
+      scales: dtype of the scales of groups, with 8-bit tokens.
       one_scale: whether one scale serves all outputs; with 8-bit tokens only.
       one_token_scale: whether one serves all tokens; likewise.
+      out: dtype of the result.
     """
 
     m: int
@@ -47,8 +51,10 @@ class Product:
     weights: Weights = "int4"
     tokens: Tokens = "bfloat16"
     has_zeros: bool = False
+    scales: Half = "bfloat16"
     one_scale: bool = False
     one_token_scale: bool = False
+    out: Out = "bfloat16"
 
     @property
     def groups(self) -> int:
@@ -73,6 +79,21 @@ class Product:
     @property
     def has_blocks(self) -> bool:
         """Whether tokens and weights have float32 scales for each 128 inputs."""
+        return self.tokens == self.weights and self.group_size is not None
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the scales of weights come in pairs of 16 bits, for each group."""
+        return self.has_half_tokens or (self.group_size is not None and not self.has_blocks)
+
+    @property
+    def pair(self) -> Half:
+        """Dtype of those pairs."""
+        return self.half if self.has_half_tokens else self.scales
+
+    @property
+    def has_group_sums(self) -> bool:
+        """Whether products of 8-bit tokens are added up by group, and each sum scaled by itself."""
         return not self.has_half_tokens and self.group_size is not None
 
     @property
@@ -97,7 +118,7 @@ def why_not(
         return f"{n=} must be divisible by {row_blocks.ROWS}"
     if tokens == "int8" and k >= _MOST_INPUTS:
         return f"{k=} must be below {_MOST_INPUTS}, or the sum of products may not fit an int32"
-    sizes = GROUP_SIZES if tokens in halves else (BLOCK,) if tokens == weights != "int8" else ()
+    sizes = GROUP_SIZES if tokens in halves else () if tokens == "int8" else (BLOCK,)
     if group_size is not None and group_size not in sizes:
         needed = f"one of {sizes}, or a scale a channel" if sizes else "None: a scale a channel"
         return f"{group_size=} must be {needed}, with {tokens} tokens and {weights} weights"
@@ -118,3 +139,11 @@ class Arrays:
     token_scale: Any = None
     bias: Any = None
     residual: Any = None
+    layer: Any = None
+
+    def start(self, machine: Machine, count: int) -> Word:
+        """Where the layer begins in an array of weights that has so many entries for each."""
+        if self.layer is None:
+            return machine.word(0)
+        (layer,) = machine.pointer(self.layer, machine.word(0)).load(0, 1)
+        return layer * count

@@ -5,10 +5,11 @@
 
 with 16-bit tokens; with 8-bit ones, which have scales of their own,
 
-    y[m, n] = token_scale[m] * scale[n] * sum_k x[m, k] * code[k, n]                     or, by 128 x 128,
+    y[m, n] = token_scale[m] * scale[n] * sum_k x[m, k] * code[k, n]                     or, by group,
+    y[m, n] = token_scale[m] * sum_g scale[g, n] * sum_(k in g) x[m, k] * code[k, n]     or, by 128 x 128,
     y[m, n] = sum_b token_scale[m, b] * scale[b, n // 128] * sum_(k in b) x[m, k] * code[k, n]
 
-and to either a bias of the output and a residual are added, before the one rounding.
+and to each a bias of the output and a residual are added, before the one rounding.
 
 Two kernels compute it, of one layout of the weights: :mod:`pallas_kernels.few_tokens`, which waits for
 nothing but memory, and :mod:`pallas_kernels.many_tokens`, which multiplies with whole warpgroups.
@@ -20,44 +21,48 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt32
+from jaxtyping import Array, Float, Int, Shaped, UInt32
 
-from pallas_kernels import mosaic_machine, numpy_machine, operands, row_blocks
+from pallas_kernels import many_tokens, mosaic_machine, numpy_machine, operands, row_blocks
 from pallas_kernels.configs import Config, config_for, kernel_of
 from pallas_kernels.machine import Half
 from pallas_kernels.operands import Weights
-from pallas_kernels.product import BLOCK, Arrays, Product, Tokens, why_not
-
-_OUT = ("bfloat16", "float16", "float32")
+from pallas_kernels.product import BLOCK, OUT, Arrays, Out, Product, Tokens, why_not
 
 
 def quantized_matmul_reference(
     x: Shaped[Array, "m k"],
     codes: UInt32[Array, "..."],
     scale: Shaped[Array, "..."],
-    zero: UInt32[Array, "blocks groups 8"] | None = None,
+    zero: UInt32[Array, "..."] | None = None,
     *,
     weights: Weights,
     token_scale: Float[Array, "..."] | None = None,
+    scale_dtype: Half = "bfloat16",
     bias: Float[Array, " n"] | None = None,
     residual: Float[Array, "m n"] | None = None,
+    layer: Int[Array, ""] | None = None,
     out_dtype: Any = None,
 ) -> Float[Array, "m n"]:
     """The definition, in float32, or int32 where integers meet; arguments as of `quantized_matmul`."""
+    if layer is not None:
+        codes, scale, zero = codes[layer], scale[layer], None if zero is None else zero[layer]
     w = plain_codes(codes, weights)
     k, n = w.shape
+
+    def spread(pairs, dtype):
+        values = row_blocks.untile_pairs(pairs, dtype).astype(jnp.float32)
+        return jnp.repeat(values, k // values.shape[0], axis=0)
+
+    near = x.astype(jnp.float32)
     if token_scale is None:
-
-        def spread(pairs):
-            values = row_blocks.untile_pairs(pairs, x.dtype).astype(jnp.float32)
-            return jnp.repeat(values, k // values.shape[0], axis=0)
-
-        centre = 0 if zero is None else spread(zero) - _lift(weights, x.dtype)
-        dense = (w.astype(jnp.float32) - centre) * spread(scale)
-        y = _matmul(x.astype(jnp.float32), dense)
+        centre = 0 if zero is None else spread(zero, x.dtype) - _lift(weights, x.dtype)
+        y = _matmul(near, (w.astype(jnp.float32) - centre) * spread(scale, x.dtype))
+    elif scale.ndim == 3:
+        y = _matmul(near, w.astype(jnp.float32) * spread(scale, scale_dtype))
+        y = y * token_scale[:, None]
     elif scale.ndim == 2:
-        by_block = x.astype(jnp.float32).reshape(-1, k // BLOCK, BLOCK)
-        near = (by_block * token_scale[:, :, None]).reshape(-1, k)
+        near = (near.reshape(-1, k // BLOCK, BLOCK) * token_scale[:, :, None]).reshape(-1, k)
         spread_scale = jnp.repeat(jnp.repeat(scale, BLOCK, axis=0), BLOCK, axis=1)[:, :n]
         y = _matmul(near, w.astype(jnp.float32) * spread_scale)
     else:
@@ -115,12 +120,14 @@ def quantized_matmul(
     x: Shaped[Array, "m k"],
     codes: UInt32[Array, "..."],
     scale: Shaped[Array, "..."],
-    zero: UInt32[Array, "blocks groups 8"] | None = None,
+    zero: UInt32[Array, "..."] | None = None,
     *,
     weights: Weights,
     token_scale: Float[Array, "..."] | None = None,
+    scale_dtype: Half = "bfloat16",
     bias: Float[Array, " n"] | None = None,
     residual: Float[Array, "m n"] | None = None,
+    layer: Int[Array, ""] | None = None,
     out_dtype: Any = None,
     config: Config | None = None,
     interpret: bool = False,
@@ -132,12 +139,16 @@ def quantized_matmul(
       codes: weights in row blocks, :func:`tiled_codes`.
       scale: with 16-bit tokens in their dtype, from :func:`pallas_kernels.row_blocks.tile_pairs`, of one
         group or of groups of 32, 64 or 128. With 8-bit tokens floats of one output each, ``[n]``, or one
-        for all, ``[1]``; or, with float8_e4m3fn, float32 ``[k / 128, ceil(n / 128)]``.
+        for all, ``[1]``; or, with float8_e4m3fn tokens, for int4 pairs of groups of 128, for
+        float8_e4m3fn float32 ``[k / 128, ceil(n / 128)]``.
       zero: from :func:`pack_zeros`; None: zeros are 0. With 16-bit tokens and integer weights only.
       weights: dtype of the codes.
       token_scale: with 8-bit tokens, float32 ``[m]``, ``[1]`` or, with scales by block, ``[m, k / 128]``.
+      scale_dtype: of pairs, with 8-bit tokens.
       bias: added to every token.
       residual: added to the result.
+      layer: which one of weights that are stacked: ``codes``, ``scale`` and ``zero`` have an axis of
+        layers in front then, of which the kernel reads this one, in its place.
       out_dtype: bfloat16, float16 or float32; None: that of ``x``, or float32 for 8-bit tokens.
       config: how the work is cut up; None: what is tuned for the product, or a default.
       interpret: execute on the CPU, with numpy, outside jit: for tests.
@@ -145,30 +156,34 @@ def quantized_matmul(
     Returns:
       The product, accumulated in float32 or int32 and rounded once. Two exceptions, both beyond few
       tokens: 16-bit tokens meet weights whose group's scale is multiplied in, rounded to 16 bits, as if
-      they had been dequantized; and e4m3 meets e4m3 in the sums of the tensor cores, of about 14 bits
-      (relative error on one H100: 0.001 at 4096 inputs, 0.002 at 14336).
+      they had been dequantized; and e4m3 is added up in the sums of the tensor cores, of about 14 bits,
+      of all inputs or, with scales of groups or blocks, of 128 of them (relative error on one H100:
+      0.001 at 4096 inputs, 0.002 at 14336).
 
     Raises:
       ValueError: a shape, a dtype or a configuration that the kernel cannot take.
     """
-    product = _product(x, codes, scale, zero, weights, token_scale)
+    product = _product(
+        x, codes, scale, zero, weights, token_scale, scale_dtype, layer, _out_dtype(x, out_dtype)
+    )
     m, n = product.m, product.n
     for name, array, shape in (("bias", bias, (n,)), ("residual", residual, (m, n))):
-        if array is not None and (array.shape != shape or str(array.dtype) not in _OUT):
+        if array is not None and (array.shape != shape or str(array.dtype) not in OUT):
             raise ValueError(f"{name} is {array.dtype}{array.shape}, must be floats of {shape}")
-    out = jax.ShapeDtypeStruct((m, n), _out_dtype(x, out_dtype))
-    if str(out.dtype) not in _OUT:
-        raise ValueError(f"out_dtype is {out.dtype}, must be one of {', '.join(_OUT)}")
     config = config_for(product) if config is None else config
     kernel = kernel_of(config)
     kernel.check(product, config)
     given = {
         "x": x, "codes": codes, "scale": scale, "zero": zero, "token_scale": token_scale,
         "bias": bias, "residual": residual,
+        "layer": None if layer is None else jnp.reshape(layer, (1,)).astype(jnp.int32),
     }  # fmt: skip
     if not product.has_half_tokens:
-        by_nibbles = product.is_whole and weights == "int4"
-        given["x"] = row_blocks.ordered_tokens(x, by_nibbles=by_nibbles)
+        # few_tokens multiplies int4 with e4m3 as 16-bit pairs, in the order of bytes.
+        whole_bytes = product.is_whole or kernel is many_tokens
+        given["x"] = row_blocks.ordered_tokens(x, by_nibbles=weights == "int4" and whole_bytes)
+    if product.has_blocks and isinstance(config, many_tokens.Config):
+        given["token_scale"] = many_tokens.token_scales(product, config, cast(Array, token_scale))
     present = {name: array for name, array in given.items() if array is not None}
 
     def program(machine, *arrays):
@@ -181,11 +196,11 @@ def quantized_matmul(
         "shared": kernel.shared_words(product, config),
     }
     if interpret:
-        result = np.full((m, n), np.nan, out.dtype)
+        result = np.full((m, n), np.nan, product.out)
         arrays = [*map(np.asarray, present.values()), result]
         numpy_machine.run(lambda machine: program(machine, *arrays), **sizes)
         return jnp.asarray(result)
-    name = kernel.__name__.rpartition(".")[2]
+    name, out = kernel.__name__.rpartition(".")[2], jax.ShapeDtypeStruct((m, n), product.out)
     return mosaic_machine.launch(program, list(present.values()), out, name=name, **sizes)
 
 
@@ -202,21 +217,28 @@ def _product(
     zero: Array | None,
     weights: Weights,
     token_scale: Array | None,
+    scale_dtype: Half,
+    layer: Array | None,
+    out: Any,
 ) -> Product:
     """What the arguments say is to be computed; refuses what does not go together."""
     (m, k), tokens = x.shape, str(x.dtype)
-    n, inputs = codes.shape[0] * row_blocks.ROWS, codes.shape[1] * row_blocks.COLUMNS
+    # Of one layer.
+    codes_shape, scale_shape = (a.shape if layer is None else a.shape[1:] for a in (codes, scale))
+    n, inputs = codes_shape[0] * row_blocks.ROWS, codes_shape[1] * row_blocks.COLUMNS
     tail = (32, 4) if weights == "int4" else (2, 32, 4)
-    if codes.shape[2:] != tail:
+    if codes_shape[2:] != tail:
         raise ValueError(f"{codes.shape=} are no row blocks of {weights}, which end in {tail}")
     if inputs != k:
         raise ValueError(f"{x.shape=} does not fit weights of {inputs} inputs")
+    if str(out) not in OUT:
+        raise ValueError(f"out_dtype is {out}, must be one of {', '.join(OUT)}")
     is_half = token_scale is None
-    if is_half:
-        groups = scale.shape[1]
-        group_size = None if groups == 1 else k // groups
+    if len(scale_shape) == 3:
+        groups = scale_shape[1]
+        group_size = None if groups == 1 and is_half else k // groups
     else:
-        group_size = BLOCK if scale.ndim == 2 else None
+        group_size = BLOCK if len(scale_shape) == 2 else None
     reason = why_not(
         m, k, n, weights=weights, tokens=tokens, group_size=group_size, has_zeros=zero is not None
     )
@@ -224,29 +246,31 @@ def _product(
         raise ValueError(reason)
     product = Product(
         m=m, k=k, n=n, group_size=group_size, weights=weights, tokens=cast(Tokens, tokens),
-        has_zeros=zero is not None, one_scale=not is_half and scale.shape == (1,),
-        one_token_scale=not is_half and token_scale.shape == (1,),
+        has_zeros=zero is not None, scales=scale_dtype, one_scale=not is_half and scale_shape == (1,),
+        one_token_scale=not is_half and token_scale.shape == (1,), out=cast(Out, str(out)),
     )  # fmt: skip
     if product.has_half_tokens != is_half:
         raise ValueError(f"{tokens} tokens need {'no' if is_half is False else 'a'} token_scale")
     if not is_half:
-        _check_scales(product, scale, token_scale)
+        _check_scales(product, scale.dtype, scale_shape, token_scale)
     return product
 
 
-def _check_scales(product: Product, scale: Array, token_scale: Array) -> None:
+def _check_scales(product: Product, dtype: Any, shape: tuple[int, ...], token_scale: Array) -> None:
     """Refuses scales of 8-bit tokens that have another shape or dtype."""
-    if product.has_blocks:
-        blocks = product.k // BLOCK
-        expected = {(blocks, -(-product.n // BLOCK))}, {(product.m, blocks)}
+    blocks, of_tokens, dtypes = product.k // BLOCK, {(product.m,), (1,)}, OUT
+    if product.has_pairs:
+        of_weights, dtypes = {(product.n // row_blocks.ROWS, blocks, 8)}, ("uint32",)
+    elif product.has_blocks:
+        of_weights, dtypes = {(blocks, -(-product.n // BLOCK))}, ("float32",)
+        of_tokens = {(product.m, blocks)}
     else:
-        expected = {(product.n,), (1,)}, {(product.m,), (1,)}
-    for name, array, shapes, dtypes in (
-        ("scale", scale, expected[0], ("float32",) if product.has_blocks else _OUT),
-        ("token_scale", token_scale, expected[1], ("float32",)),
-    ):
-        if array.shape not in shapes or str(array.dtype) not in dtypes:
+        of_weights = {(product.n,), (1,)}
+    given = (str(dtype), shape), (str(token_scale.dtype), token_scale.shape)
+    expected = (dtypes, of_weights), (("float32",), of_tokens)
+    for name, has, (types, shapes) in zip(("scale", "token_scale"), given, expected, strict=True):
+        if has[0] not in types or has[1] not in shapes:
             raise ValueError(
-                f"{name} is {array.dtype}{array.shape}, must be {' or '.join(map(str, shapes))} "
-                f"of {' or '.join(dtypes)}"
+                f"{name} is {has[0]}{has[1]}, must be {' or '.join(map(str, shapes))} "
+                f"of {' or '.join(types)}"
             )

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,35 +111,39 @@ def _folder_of(tool: str) -> Path | None:
     return None
 
 
-def _compile(cases: Sequence[dict[str, Any]]) -> None:
+def shapes(tree: Any) -> Any:
+    """Shapes of arrays that lie on an H200, which need not be there: for ``jax.jit(...).lower``."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
-    def shape(dimensions: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dimensions, dtype, sharding=sharding)
 
+def _compile(cases: Sequence[dict[str, Any]]) -> None:
     for number, case in enumerate(cases):
         others = ("extra", "kernel", "config")
         product = Product(**{key: value for key, value in case.items() if key not in others})
         config = config_of(case) if "config" in case else config_for(product, "NVIDIA H200")
-        arrays, options = _operands(product, shape, extra=case.get("extra", False))
+        arrays, options = shapes(_operands(product, extra=case.get("extra", False)))
 
-        multiply = functools.partial(quantized_matmul, weights=product.weights, config=config)
+        multiply = functools.partial(
+            quantized_matmul, weights=product.weights, config=config, out_dtype=product.out
+        )
         print(f"=== case {number}", flush=True)
         jax.jit(multiply).lower(*arrays, **options).compile()
 
 
-def _operands(
-    product: Product, shape: Callable[..., Any], *, extra: bool
-) -> tuple[list[Any], dict[str, Any]]:
+def _operands(product: Product, *, extra: bool) -> tuple[list[Any], dict[str, Any]]:
     """Shapes of what a product is computed from: positional arguments, and those with a name."""
+    shape = jax.ShapeDtypeStruct
     m, k, n = product.m, product.k, product.n
     blocks = (n // 16, k // 64, *(() if product.weights == "int4" else (2,)), 32, 4)
     arrays = [shape((m, k), product.tokens), shape(blocks, jnp.uint32)]
     options = {}
-    if product.has_half_tokens:
+    if product.has_pairs:
         arrays += [shape((n // 16, product.groups, 8), jnp.uint32)] * (1 + product.has_zeros)
+        if not product.has_half_tokens:
+            options["token_scale"] = shape((m,), jnp.float32)
     elif product.has_blocks:
         arrays.append(shape((k // 128, -(-n // 128)), jnp.float32))
         options["token_scale"] = shape((m, k // 128), jnp.float32)

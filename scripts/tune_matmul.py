@@ -8,7 +8,7 @@ hand: those that spill registers are passed over. The best of each product is pr
 table is written that `pallas_kernels/tuned.json` holds.
 
 Example:
-  python scripts/tune_matmul.py --kinds int4:bfloat16 --tokens 8 256 --into pallas_kernels/tuned.json
+  python scripts/tune_matmul.py --kinds int4:bfloat16:128 --tokens 8 256 --into pallas_kernels/tuned.json
 """
 
 import argparse
@@ -33,14 +33,15 @@ from jax.experimental.mosaic.gpu import profiler
 import compile_for_hopper
 from pallas_kernels import configs, few_tokens, many_tokens, row_blocks
 from pallas_kernels.configs import Config
+from pallas_kernels.device import MULTIPROCESSORS
 from pallas_kernels.operands import BITS, Weights
-from pallas_kernels.product import Product
+from pallas_kernels.product import BLOCK, Product
 from pallas_kernels.quantized_matmul import quantized_matmul, quantized_matmul_reference
 
 SHAPES = ((4096, 6144), (4096, 28672), (14336, 4096), (8192, 8192))  # (k, n)
-KINDS = (
-    "int4:bfloat16", "int8:bfloat16", "float8_e4m3fn:bfloat16", "int8:int8",
-    "float8_e4m3fn:float8_e4m3fn", "int4:int8", "int4:float8_e4m3fn",
+KINDS = (  # weights:tokens, and :group where there are any
+    "int4:bfloat16:128", "int8:bfloat16:128", "float8_e4m3fn:bfloat16:128", "int8:int8", "int4:int8",
+    "float8_e4m3fn:float8_e4m3fn", "float8_e4m3fn:float8_e4m3fn:128", "int4:float8_e4m3fn:128",
 )  # fmt: skip
 
 # (rows, slices, blocks, depth) of few tokens.
@@ -48,23 +49,32 @@ FEW = (
     (1, 4, 1, 4), (7, 4, 1, 4), (1, 4, 1, 1), (7, 1, 2, 1), (1, 8, 1, 2), (7, 4, 1, 2), (7, 2, 2, 1),
     (4, 2, 2, 1), (2, 8, 1, 2), (1, 4, 2, 1), (1, 8, 2, 1), (2, 7, 1, 1), (2, 14, 1, 4),
 )  # fmt: skip
-# (rows, slices, fragments, tokens, span) of many tokens: up to so many of them.
+# (rows, slices, fragments, tokens, span, stages) of many tokens: up to so many of them.
 MANY = {
     64: (
-        (2, 2, 2, 64, 1), (2, 1, 1, 64, 2), (2, 1, 2, 64, 2), (1, 2, 2, 64, 1),
-        (1, 4, 1, 64, 1), (1, 2, 1, 64, 2), (4, 1, 1, 64, 2),
+        (2, 1, 1, 64, 2, 4), (1, 2, 1, 64, 2, 4), (1, 4, 1, 32, 2, 4), (4, 1, 1, 64, 2, 4),
+        (1, 4, 1, 64, 1, 4), (1, 1, 2, 64, 2, 4), (2, 1, 2, 64, 2, 4), (1, 4, 1, 32, 1, 4),
     ),
     256: (
-        (2, 1, 1, 256, 1), (4, 1, 1, 128, 2), (2, 2, 1, 128, 1), (2, 1, 1, 128, 2),
-        (1, 2, 1, 256, 1), (1, 4, 1, 128, 1),
+        (2, 1, 1, 256, 1, 4), (1, 2, 1, 256, 1, 3), (1, 4, 1, 128, 1, 3), (2, 2, 1, 128, 1, 3),
+        (1, 2, 1, 128, 2, 3), (4, 1, 1, 128, 1, 4), (1, 4, 1, 64, 1, 4),
     ),
-    4096: (
-        (2, 1, 1, 256, 1), (3, 1, 1, 256, 1), (4, 1, 1, 128, 2), (4, 1, 1, 192, 1),
-    ),
+    4096: ((2, 1, 1, 256, 1, 4), (4, 1, 1, 128, 1, 4)),
 }  # fmt: skip
-# Besides those, where 8-bit tokens are multiplied as they are: nothing is unpacked.
-MANY_BYTES = ((4, 1, 1, 128, 1), (2, 1, 2, 128, 1))
+# Besides those with 8-bit tokens, of which a step has more; alone where groups have sums of their own.
+SHORT_STEPS = {
+    64: (
+        (2, 1, 1, 64, 1, 4), (1, 1, 1, 64, 1, 4), (4, 1, 1, 64, 1, 4), (1, 2, 1, 64, 1, 4),
+        (1, 4, 1, 32, 1, 4), (1, 1, 2, 64, 1, 4), (1, 4, 1, 64, 1, 3),
+    ),
+    256: (
+        (2, 1, 1, 128, 1, 4), (1, 1, 1, 128, 1, 4), (1, 2, 1, 128, 1, 3), (2, 1, 1, 128, 1, 6),
+        (1, 2, 1, 64, 1, 4), (1, 4, 1, 64, 1, 3),
+    ),
+    4096: ((2, 1, 1, 128, 1, 4), (2, 1, 1, 128, 1, 6), (3, 1, 1, 128, 1, 4), (4, 1, 1, 64, 1, 4)),
+}  # fmt: skip
 
+_KEY = ("weights", "tokens", "group_size", "m", "k", "n")  # what an entry is found by
 _ROTATED_BYTES = 320e6  # of weights, so that no run finds the last one's in the cache
 _COMPILERS = 8  # threads
 _ASKED = 4  # configurations that the assembler is asked about at once
@@ -73,9 +83,12 @@ _GRACE_SECONDS = 20  # after which a process hangs that should have answered
 
 
 def product_of(kind: str, m: int, k: int, n: int) -> Product:
-    """The product of a kind, written as weights:tokens, that stands for it in the table."""
-    weights, tokens = kind.split(":")
-    return configs.product_of({"weights": weights, "tokens": tokens, "m": m, "k": k, "n": n})
+    """The product of a kind, written as in `KINDS`."""
+    weights, tokens, *group = kind.split(":")
+    group_size = int(group[0]) if group else None
+    return configs.product_of(
+        {"weights": weights, "tokens": tokens, "group_size": group_size, "m": m, "k": k, "n": n}
+    )
 
 
 def candidates(product: Product, known: Sequence[Config] = ()) -> list[Config]:
@@ -85,18 +98,29 @@ def candidates(product: Product, known: Sequence[Config] = ()) -> list[Config]:
         for rows, slices, blocks, depth in FEW
     ]
     bucket = next(bucket for bucket in MANY if product.m <= bucket or bucket == max(MANY))
-    cuts = MANY[bucket]
-    if not product.has_half_tokens and product.m > 64:
-        cuts += MANY_BYTES
+    cuts = () if product.has_group_sums else MANY[bucket]
+    cuts += () if product.has_half_tokens else SHORT_STEPS[bucket]
     many = [
-        many_tokens.Config(rows=rows, slices=slices, fragments=fragments, tokens=tokens, span=span)
-        for rows, slices, fragments, tokens, span in cuts
+        many_tokens.Config(
+            rows=rows, slices=slices, fragments=fragments, tokens=tokens, span=span, stages=stages
+        )
+        for rows, slices, fragments, tokens, span, stages in cuts
     ]
-    # Where four stages need too much memory, three.
-    many = [c if _fits(product, c) else dataclasses.replace(c, stages=3) for c in many]
-    takes_many = many_tokens.why_not(product) is None and product.m > configs.FEW
-    tried = [*known, configs.default_config(product), *(many if takes_many else few)]
+    by_turns = [
+        dataclasses.replace(config, resident=MULTIPROCESSORS)
+        for config in many
+        if product.m > 64 and config.slices == 1 and _tiles(product, config) > MULTIPROCESSORS
+    ]
+    tried = [
+        configs.default_config(product),
+        *(many + by_turns if product.m > configs.FEW else few),
+    ]
+    tried = [*known, *tried]
     return [config for config in dict.fromkeys(tried) if _fits(product, config)]
+
+
+def _tiles(product: Product, config: many_tokens.Config) -> int:
+    return -(-product.n // config.outputs) * -(-product.m // config.tokens)
 
 
 def _fits(product: Product, config: Config) -> bool:
@@ -136,14 +160,23 @@ def codes_of(weights: Weights, k: int, n: int) -> list[jax.Array]:
 def tokens_and_scales(product: Product) -> tuple[jax.Array, dict[str, Any]]:
     """Random tokens, and the scales by argument."""
     keys = jax.random.split(jax.random.key(1), 3)
+
+    def scales(key: jax.Array, *shape: int) -> jax.Array:
+        return jax.random.uniform(key, shape, jnp.float32, 0.01, 0.02)
+
     x = jax.random.normal(keys[0], (product.m, product.k), jnp.float32)
-    scale = jax.random.uniform(keys[1], (product.groups, product.n), jnp.float32, 0.01, 0.02)
+    x = (40 * x if product.is_whole else x).astype(product.tokens)
+    if product.has_blocks:
+        blocks = product.k // BLOCK, -(-product.n // BLOCK)
+        token_scale = scales(keys[2], product.m, blocks[0])
+        return x, {"scale": scales(keys[1], *blocks), "token_scale": token_scale}
+    scale = scales(keys[1], product.groups, product.n)
+    if product.has_pairs:
+        scale = row_blocks.tile_pairs(scale.astype(product.pair))
     if product.has_half_tokens:
-        pairs = row_blocks.tile_pairs(scale.astype(product.half))
-        return x.astype(product.tokens), {"scale": pairs}
-    token_scale = jax.random.uniform(keys[2], (product.m,), jnp.float32, 0.01, 0.02)
-    wide = 40 * x if product.is_whole else x
-    return wide.astype(product.tokens), {"scale": scale[0], "token_scale": token_scale}
+        return x, {"scale": scale}
+    scale = scale if product.has_pairs else scale[0]
+    return x, {"scale": scale, "token_scale": scales(keys[2], product.m)}
 
 
 def measure(product: Product, known: Sequence[Config], seconds: float) -> Iterator[dict[str, Any]]:
@@ -178,13 +211,11 @@ def _last_outputs(
     product: Product, x: jax.Array, codes: jax.Array, scales: dict[str, Any]
 ) -> jax.Array:
     """What the outputs of the last 64 row blocks must be."""
-    last = {
-        name: array if name == "token_scale" else array[-64:] if product.has_half_tokens
-        else array[-64 * row_blocks.ROWS :]
-        for name, array in scales.items()
-    }  # fmt: skip
+    scale, outputs = scales["scale"], 64 * row_blocks.ROWS
+    last = scale[-64:] if product.has_pairs else scale[..., -outputs:]
+    last = scale[:, -outputs // BLOCK :] if product.has_blocks else last
     return quantized_matmul_reference(
-        x, codes[-64:], **last, weights=product.weights, out_dtype=jnp.float32
+        x, codes[-64:], **scales | {"scale": last}, weights=product.weights, out_dtype=jnp.float32
     )
 
 
@@ -211,7 +242,7 @@ def _entry(product: Product, config: Config, us: Sequence[float]) -> dict[str, A
 
 def _key(product: Product) -> dict[str, Any]:
     """What an entry of the table is found by."""
-    return {name: getattr(product, name) for name in ("weights", "tokens", "m", "k", "n")}
+    return {name: getattr(product, name) for name in _KEY}
 
 
 def _work(products: list[Product], known: dict[str, Any], seconds: float, results: Any) -> None:
@@ -294,9 +325,8 @@ def _best(product: Product, entries: list[dict[str, Any]]) -> dict[str, Any] | N
 
 def merged(entries: list[dict[str, Any]], best: dict[str, Any]) -> list[dict[str, Any]]:
     """Entries with another one, in the place of that of the same product if there is one."""
-    names = ("weights", "tokens", "m", "k", "n")
-    keys = [[entry[name] for name in names] for entry in entries]
-    key = [best[name] for name in names]
+    keys = [[entry[name] for name in _KEY] for entry in entries]
+    key = [best[name] for name in _KEY]
     place = keys.index(key) if key in keys else len(entries)
     return [*entries[:place], best, *entries[place + 1 :]]
 
@@ -323,7 +353,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="WEIGHTS:TOKENS"
+        "--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="WEIGHTS:TOKENS[:GROUP]"
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=configs.BUCKETS)
     parser.add_argument("--shapes", type=int, nargs="+", metavar="K N")

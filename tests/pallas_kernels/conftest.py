@@ -98,24 +98,32 @@ def _with_half_tokens(
 
 
 def _with_byte_tokens(
-    rng: np.random.Generator, m, k, n, *, weights, tokens=None, by_block=False, one_scale=False
-) -> Operands:
+    rng: np.random.Generator, m, k, n, *, weights, tokens=None, by_block=False, group=None,
+    one_scale=False, scale_dtype="bfloat16",
+) -> Operands:  # fmt: skip
     x, codes = _codes(rng, tokens or weights, (m, k)), _codes(rng, weights, (k, n))
-    blocks = k // 128, -(-n // 128)
+    blocks, groups = (k // 128, -(-n // 128)), 1 if group is None else k // group
     shapes = ((m, blocks[0]), blocks) if by_block else ((1,), (1,)) if one_scale else ((m,), (n,))
     token_scale, scale = (jnp.asarray(rng.uniform(0.01, 0.02, s), jnp.float32) for s in shapes)
-    wide_x, wide_w = np.asarray(token_scale, np.float64), np.asarray(scale, np.float64)
+    options = {"weights": weights, "token_scale": token_scale}
+    if group:
+        pairs = jnp.asarray(rng.uniform(0.01, 0.02, (groups, n)), scale_dtype)
+        scale, options["scale_dtype"] = row_blocks.tile_pairs(pairs), scale_dtype
+    wide_x = np.asarray(token_scale, np.float64)
+    wide_w = np.asarray(pairs if group else scale, np.float64)
     if by_block:
         wide_x = np.repeat(wide_x, 128, axis=1)
         wide_w = np.repeat(np.repeat(wide_w, 128, axis=0), 128, axis=1)[:, :n]
     else:
-        wide_x, wide_w = wide_x[:, None], np.broadcast_to(wide_w, (1, n))
+        wide_x = wide_x[:, None]
+        wide_w = np.broadcast_to(
+            np.repeat(wide_w, k // groups, axis=0) if group else wide_w, (k, n)
+        )
 
     def near_w(columns):
         return codes[:, columns].astype(np.float64) * wide_w[:, columns]
 
     tiled = qm.tiled_codes(jnp.asarray(codes), weights)
-    options = {"weights": weights, "token_scale": token_scale}
     return Operands(
         (jnp.asarray(x), tiled, scale), options, x.astype(np.float64) * wide_x, near_w
     )  # fmt: skip

@@ -7,11 +7,14 @@ Needs JAX's CUDA plugin and NVIDIA's assembler and disassembler, which need no G
 import itertools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import compile_for_hopper
-from pallas_kernels import configs, few_tokens, many_tokens
+import qjax
+from pallas_kernels import configs, device, few_tokens, many_tokens
 from pallas_kernels.product import Product
+from qjax import qtensor
 
 E4M3 = "float8_e4m3fn"
 pytestmark = pytest.mark.skipif(
@@ -41,7 +44,9 @@ def tuned() -> list[dict]:
         product, config = configs.product_of(entry), configs.config_of(entry)
         own = {"kernel": entry["kernel"], "config": entry["config"], "extra": False}
         columns = few_tokens.columns(product) if entry["kernel"] == "few_tokens" else None
-        found[product.weights, product.tokens, columns, config] = vars(product) | own
+        found[product.weights, product.tokens, product.group_size, columns, config] = (
+            vars(product) | own
+        )
     return list(found.values())
 
 
@@ -63,6 +68,7 @@ BYTE_TOKENS = [
         ("int8", "int8", None),
         ("int4", "int8", None),
         ("int4", E4M3, None),
+        ("int4", E4M3, 128),
         (E4M3, E4M3, None),
         (E4M3, E4M3, 128),
     )
@@ -76,7 +82,7 @@ LARGE = [
     for weights, tokens, group in (
         ("int4", "bfloat16", 128), ("int8", "bfloat16", 128), ("int8", "float16", None), ("int8", "int8", None),
         (E4M3, "bfloat16", 128), (E4M3, "float16", None), (E4M3, E4M3, None), (E4M3, E4M3, 128),
-        ("int4", "int8", None), ("int4", E4M3, None),
+        ("int4", "int8", None), ("int4", E4M3, None), ("int4", E4M3, 128),
     )
 ]  # fmt: skip
 
@@ -92,10 +98,14 @@ MANY = {
     for m in (64, 256, 1024)
 }
 MANY_BYTE_TOKENS = [
-    many(m, group_size=None, tokens=tokens, weights=weights, extra=m == 64)
+    many(m, group_size=group, tokens=tokens, weights=weights, extra=m == 64, out=out)
     for m in (64, 256, 1024)
-    for weights, tokens in (("int8", "int8"), ("int4", "int8"), (E4M3, E4M3))
-]
+    for weights, tokens, group in (
+        ("int8", "int8", None), ("int4", "int8", None), ("int4", E4M3, None), (E4M3, E4M3, None),
+        ("int4", E4M3, 128), (E4M3, E4M3, 128),
+    )
+    for out in ("bfloat16", "float32")
+]  # fmt: skip
 INSTRUCTIONS = {  # of the tensor cores
     "few_tokens": {"int8": "IMMA.16832.S8.S8"},  # else float16 or bfloat16
     "many_tokens": {"int8": "IGMMA", E4M3: "QGMMA"},
@@ -123,6 +133,33 @@ def test_no_spill_and_tensor_cores(cases):
         assert INSTRUCTIONS[one["kernel"]].get(one["tokens"], half) in report, one
         # The codes: straight into registers, or by copies of the hardware's own.
         assert ("LDG.E.NA.LTC128B.128" if few else "UBLKCP") in report, one
+
+
+@pytest.mark.parametrize("m", [1, 64])
+@pytest.mark.parametrize(
+    "name", ["w4a16-g128", "w4a16-g64-asym", "w8a8", "fp8-block", "w4afp8-g128"]
+)
+def test_a_scan_copies_no_weight(monkeypatch, name, m):
+    """Nowhere in the program is there an array of the codes or scales of one layer by itself."""
+    monkeypatch.setattr(device, "is_hopper", lambda: True)
+
+    def layers():
+        stacked = qjax.quantize(jnp.ones((5, 512, 640), jnp.bfloat16), name, stacked=1)
+        return qtensor.for_kernel(stacked), jnp.ones((5, 640, 512), jnp.bfloat16)
+
+    def last(x, layers):
+        return qjax.scan_layers(lambda x, w: (qjax.matmul(x, w[0]) @ w[1], None), x, layers)[0]
+
+    x, layers = compile_for_hopper.shapes(
+        (jnp.ones((m, 512), jnp.bfloat16), jax.eval_shape(layers))
+    )
+    program = jax.jit(last).lower(x, layers).compile().as_text()
+    assert "mosaic_gpu" in program
+    for leaf in jax.tree.leaves(layers[0]):
+        of_all, of_one = (",".join(map(str, shape)) for shape in (leaf.shape, leaf.shape[1:]))
+        kind = {"uint32": "u32", "float32": "f32"}[str(leaf.dtype)]
+        assert f"{kind}[{of_all}]" in program
+        assert f"{kind}[{of_one}]" not in program and f"{kind}[1,{of_one}]" not in program
 
 
 def test_the_versions_of_jax_and_its_plugin_agree():

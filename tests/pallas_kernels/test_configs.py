@@ -13,6 +13,7 @@ KINDS = [
     (E4M3, "float16", None),
     (E4M3, E4M3, 128),
     ("int4", E4M3, None),
+    ("int4", E4M3, 128),
 ]
 
 
@@ -29,8 +30,7 @@ def test_every_product_finds_a_configuration_that_fits(m, k):
             fits(product, configs.default_config(product))
             fits(product, configs.config_for(product, "NVIDIA H200"))
             fits(product, few_tokens.default_config(product))
-            if many_tokens.why_not(product) is None:
-                fits(product, many_tokens.default_config(product))
+            fits(product, many_tokens.default_config(product))
 
 
 def test_many_tokens_go_to_the_kernel_for_them():
@@ -41,16 +41,8 @@ def test_many_tokens_go_to_the_kernel_for_them():
     assert kernel() is many_tokens
     assert kernel(m=configs.FEW) is few_tokens
     assert kernel(weights=E4M3, tokens=E4M3) is many_tokens
-    assert kernel(weights=E4M3, tokens=E4M3, group_size=128) is few_tokens
-    assert kernel(tokens=E4M3) is few_tokens
-
-
-def test_products_for_few_tokens_take_no_tuned_configuration_of_the_other_kernel():
-    for entry in configs.tuned()["NVIDIA H100 80GB HBM3"]:
-        if entry["tokens"] == E4M3:
-            shape = {name: entry[name] for name in ("m", "k", "n")}
-            by_block = Product(**shape, group_size=128, weights=E4M3, tokens=E4M3)
-            assert configs.kernel_of(configs.config_for(by_block, "NVIDIA H200")) is few_tokens
+    assert kernel(weights=E4M3, tokens=E4M3, group_size=128) is many_tokens
+    assert kernel(tokens=E4M3) is many_tokens
 
 
 def test_the_table_names_configurations_that_fit():
@@ -62,8 +54,23 @@ def test_the_table_names_configurations_that_fit():
             assert entry["m"] in configs.BUCKETS
 
 
+def test_sums_of_groups_take_no_configuration_that_was_tuned_without(monkeypatch):
+    entry = {
+        "weights": E4M3, "tokens": E4M3, "group_size": None, "m": 64, "k": 4096, "n": 512,
+        "kernel": "many_tokens", "config": {"rows": 1, "tokens": 64},
+    }  # fmt: skip
+    device = "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(configs, "tuned", lambda: {device: [entry]})
+    shape = {"m": 64, "k": 4096, "n": 512, "weights": E4M3, "tokens": E4M3}
+    whole, by_block = (Product(**shape, group_size=group) for group in (None, 128))
+    assert configs.config_for(whole, device) == many_tokens.Config(rows=1, tokens=64)
+    assert configs.config_for(by_block, device) == configs.default_config(by_block)
+
+
 def test_a_tuned_configuration_that_does_not_fit_is_passed_over(monkeypatch):
-    entry = {"weights": "int4", "tokens": "bfloat16", "m": 64, "k": 384, "n": 512}
+    entry = {
+        "weights": "int4", "tokens": "bfloat16", "group_size": 128, "m": 64, "k": 384, "n": 512
+    }  # fmt: skip
     wide = {"kernel": "many_tokens", "config": {"rows": 2, "span": 2}}
     narrow = {"kernel": "many_tokens", "config": {"rows": 2, "span": 4}}
     device = "NVIDIA H100 80GB HBM3"

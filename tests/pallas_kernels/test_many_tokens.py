@@ -2,7 +2,6 @@
 """The kernel for many tokens, interpreted, against float64; what it refuses."""
 
 import dataclasses
-import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +84,51 @@ def test_e4m3_tokens_against_float64(rng, byte_tokens, case):
     assert o.relative_error(multiplied(o, config)) < 2e-6
 
 
+# One step, two, an even and an odd number of them; tiles by turns; two fragments; slices.
+GROUP_CASES = {
+    "one step": (5, 128, 64, Config(rows=1, tokens=16, stages=3)),
+    "two steps, two blocks": (40, 256, 272, Config(rows=2, tokens=32)),
+    "three steps, two fragments": (9, 384, 144, Config(rows=1, fragments=2, tokens=16, stages=3)),
+    "slices": (33, 1024, 80, Config(rows=1, slices=2, tokens=32)),
+    "by turns": (70, 640, 336, Config(rows=2, tokens=16, resident=3)),
+    "by turns, even": (20, 512, 144, Config(rows=1, tokens=8, stages=3, resident=2)),
+}
+
+
+@pytest.mark.parametrize("case", GROUP_CASES)
+@pytest.mark.parametrize("scales", ["blocks", "bfloat16", "float16"])
+def test_sums_of_groups_against_float64(rng, byte_tokens, case, scales):
+    m, k, n, config = GROUP_CASES[case]
+    if scales == "blocks":
+        o = byte_tokens(rng, m, k, n, weights=E4M3, by_block=True)
+    else:
+        o = byte_tokens(rng, m, k, n, weights="int4", tokens=E4M3, group=128, scale_dtype=scales)
+    wide = multiplied(o, config)
+    assert o.relative_error(wide) < 2e-6
+    y = multiplied(o, config, out_dtype="bfloat16")
+    np.testing.assert_array_equal(y, wide.astype("bfloat16"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_int4_with_e4m3_tokens_against_float64(rng, byte_tokens, case):
+    m, k, n, config = CASES[case]
+    o = byte_tokens(rng, m, k, n, weights="int4", tokens=E4M3, one_scale=n == 272)
+    assert o.relative_error(multiplied(o, config)) < 2e-6
+
+
+@pytest.mark.parametrize("resident", [1, 3, 100])
+@pytest.mark.parametrize("out", ["bfloat16", "float32"])
+def test_blocks_that_take_tiles_by_turns(rng, half_tokens, byte_tokens, resident, out):
+    config = Config(rows=2, tokens=24, stages=3, resident=resident)
+    for o in (
+        half_tokens(rng, 70, 256, 336, weights="int4", half="bfloat16", group=64, asymmetric=True),
+        half_tokens(rng, 70, 256, 336, weights="int8", half="float16", group=None, asymmetric=True),
+        byte_tokens(rng, 70, 256, 336, weights="int8"),
+    ):
+        once = multiplied(o, dataclasses.replace(config, resident=None), out_dtype=out)
+        np.testing.assert_array_equal(multiplied(o, config, out_dtype=out), once)
+
+
 @pytest.mark.parametrize("out", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("bias", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("residual", [None, "float32", "float16"])
@@ -133,15 +177,22 @@ def multiplied(o, config, **options):
     return quantized_matmul(*o.args, **o.options, config=config, interpret=True, **options)
 
 
+SUMS = {"weights": E4M3, "tokens": E4M3, "group_size": 128}
+
+
 @pytest.mark.parametrize(
     ("product", "config", "message"),
     [
         ({}, {"slices": 3}, "4 times 64 inputs are not divisible by config.slices=3 x config.span=1"),
         ({"tokens": "int8"}, {"span": 4}, "2 times 128 inputs are not divisible by .* config.span=4"),
         ({}, {"stages": 2}, "config.stages=2 must be at least 3"),
-        ({}, {"tokens": 20}, "config.tokens=20 must be a multiple of 8, and at most 256"),
-        ({}, {"tokens": 264}, "config.tokens=264 must be a multiple of 8, and at most 256"),
-        ({}, {"rows": 5, "fragments": 2}, "640 outputs of a block are more than 512"),
+        ({}, {"tokens": 20}, "config.tokens=20 must be a multiple of 8 x config.slices=1, and at most 256"),
+        ({}, {"tokens": 40, "slices": 2}, "config.tokens=40 must be a multiple of 8 x config.slices=2"),
+        ({}, {"tokens": 264}, "config.tokens=264 must be a multiple of 8 x config.slices=1, and at most 256"),
+        ({}, {"rows": 5, "fragments": 2}, "640 outputs of a tile are more than 512"),
+        ({}, {"slices": 2, "resident": 9}, "config.slices=2 must be 1 where config.resident=9 blocks"),
+        (SUMS, {"tokens": 136}, "config.tokens=136 must be 1 and at most 128 where the sums of groups"),
+        (SUMS, {"span": 2}, "config.span=2 and config.tokens=128 must be 1 and at most 128"),
         ({}, {"rows": 3, "slices": 4}, "config.rows=3 x config.slices=4 warpgroups are more than 1024"),
         ({}, {"rows": 2, "slices": 2, "tokens": 256}, "needs more than 232448 bytes of shared memory"),
     ],
@@ -151,17 +202,3 @@ def test_configurations_that_do_not_fit(product, config, message):
     many_tokens.check(product, Config(rows=2))
     with pytest.raises(ValueError, match=message):
         many_tokens.check(product, Config(**{"rows": 1} | config))
-
-
-def test_products_that_are_for_few_tokens_only():
-    shape = {"m": 64, "k": 256, "n": 512}
-    by_block = Product(**shape, group_size=128, weights=E4M3, tokens=E4M3)
-    assert "128 x 128 blocks" in str(many_tokens.why_not(by_block))
-    mixed = Product(**shape, group_size=None, weights="int4", tokens=E4M3)
-    assert "int4 weights with float8_e4m3fn tokens" in str(many_tokens.why_not(mixed))
-    for product in (by_block, mixed):
-        with pytest.raises(ValueError, match="for few tokens only"):
-            many_tokens.check(product, Config(rows=1, tokens=64))
-    for weights, tokens in itertools.product(("int4", "int8"), ("bfloat16", "float16", "int8")):
-        product = Product(**shape, group_size=None, weights=weights, tokens=tokens)
-        assert many_tokens.why_not(product) is None

@@ -138,26 +138,35 @@ def warpgroup():
 
 def copy(machine, *, place=0, words=32, count=32, arrival=ARRIVAL, nbytes=128):
     """One thread copies words and says how many bytes come."""
-    first = machine.thread < 1
-    machine.expect(machine.word(arrival), nbytes, first)
     source = machine.pointer(np.arange(words, dtype=np.uint32), machine.word(0))
-    machine.copy_words(machine.word(place), source, count, machine.word(arrival), first)
+
+    def body():
+        machine.expect(machine.word(arrival), nbytes)
+        machine.copy_words(machine.word(place), source, count, machine.word(arrival))
+
+    machine.one_thread(machine.warp < 1, body)
 
 
 def copy_tile(machine, place=0, arrival=ARRIVAL):
-    """One thread copies eight tokens of ones, and all wait for them."""
-    first, ones = machine.thread < 1, np.ones((8, 64), np.float16)
-    machine.expect(machine.word(arrival), 1024, first)
-    machine.copy_tokens(
-        machine.word(place), ones, machine.word(0), machine.word(0), 8, machine.word(arrival), first
-    )
+    """One thread copies eight tokens of ones."""
+    copy_tokens(machine, np.ones((8, 64), np.float16), place=place, arrival=arrival)
+
+
+def copy_tokens(machine, tokens, *, first=0, place=0, arrival=ARRIVAL):
+    """One thread copies eight tokens."""
+
+    def body():
+        words = [machine.word(value) for value in (place, first, 0, arrival)]
+        machine.expect(words[3], 1024)
+        machine.copy_tokens(words[0], tokens, *words[1:3], 8, words[3])
+
+    machine.one_thread(machine.warp < 1, body)
 
 
 def multiply(machine, place=0, step=0, sums=None):
     """A product of ones with the tile at a place."""
     ones = [machine.word(0x3C003C00)] * 4
-    sums = [[machine.real(0.0)] * 4] if sums is None else sums
-    return machine.wgmma("float16", [ones], machine.word(place), step, sums)
+    return machine.wgmma("float16", [ones], machine.word(place), step, sums, 8)
 
 
 def test_copies_are_seen_once_they_are_waited_for(warpgroup):
@@ -203,10 +212,10 @@ def test_expecting_before_the_last_turn_was_waited_for(warpgroup):
 
 def test_threads_that_never_arrive(warpgroup):
     warpgroup.start_arrivals(warpgroup.word(516), 1, threads=4)
-    warpgroup.arrive(warpgroup.word(516), warpgroup.thread < 3)
+    warpgroup.one_thread(warpgroup.warp < 3, lambda: warpgroup.arrive(warpgroup.word(516)))
     with pytest.raises(ValueError, match="3 threads arrive where 4 are waited for"):
         warpgroup.wait_for(warpgroup.word(516), warpgroup.word(0))
-    warpgroup.arrive(warpgroup.word(516), warpgroup.thread < 1)
+    warpgroup.one_thread(warpgroup.warp < 1, lambda: warpgroup.arrive(warpgroup.word(516)))
     warpgroup.wait_for(warpgroup.word(516), warpgroup.word(0))
 
 
@@ -216,12 +225,7 @@ def test_arrivals_start_at_one_place(warpgroup):
 
 
 def test_tokens_beyond_the_last_are_zeros(warpgroup):
-    first = warpgroup.thread < 1
-    warpgroup.expect(warpgroup.word(ARRIVAL), 1024, first)
-    warpgroup.copy_tokens(
-        warpgroup.word(0), np.ones((5, 64), np.float16), warpgroup.word(2), warpgroup.word(0), 8,
-        warpgroup.word(ARRIVAL), first,
-    )  # fmt: skip
+    copy_tokens(warpgroup, np.ones((5, 64), np.float16), first=2)
     warpgroup.wait_for(warpgroup.word(ARRIVAL), warpgroup.word(0))
     for token in range(8):
         words = warpgroup.shared_load(warpgroup.thread % 32 + 32 * token)
@@ -273,7 +277,7 @@ def test_nothing_is_written_to_what_a_wgmma_may_still_read(warpgroup):
     machine.wait(0, sums)  # these threads; others may not have come so far
     with pytest.raises(ValueError, match="a wgmma may still be reading"):
         machine.shared_store(machine.thread, machine.word(0))
-    machine.arrive(free, machine.thread % 32 < 1)
+    machine.one_thread(machine.warp < 4, lambda: machine.arrive(free))
     with pytest.raises(ValueError, match="a wgmma may still be reading"):
         copy_tile(machine, arrival=ARRIVAL + 2)
     machine.start_arrivals(machine.word(ARRIVAL + 2), 1, threads=1)
@@ -310,8 +314,83 @@ def test_matrices_are_transposed_among_lanes(machine):
 def test_rows_that_are_not_aligned(machine):
     with pytest.raises(IndexError, match="a row of 4 words of shared memory at 2"):
         machine.shared_load_row(machine.word(0), 4, 2)
-    floats = np.full(64, np.nan, np.float32)
-    with pytest.raises(IndexError, match="a row of 2 at 1"):
-        machine.reals_at(floats, machine.thread, 2)
-    with pytest.raises(IndexError, match="a row of 2 at 0"):
-        machine.store_row(floats, machine.thread, [machine.real(0.0)] * 2, machine.thread < 2)
+
+
+def test_a_condition_for_one_thread_of_a_warp_does_not_part_it(warpgroup):
+    with pytest.raises(ValueError, match="parts the warp"):
+        warpgroup.one_thread(warpgroup.thread < 1, lambda: None)
+
+
+def test_loads_where_a_condition_holds(machine):
+    array = np.arange(8, dtype=np.uint32)
+    pointer = machine.pointer(array, machine.thread)
+    loaded = pointer.load_where(2, machine.thread < 6)
+    assert loaded.tolist() == [2, 3, 4, 5, 6, 7, *[0] * 26]
+    with pytest.raises(IndexError, match="word 8 of an array of 8"):
+        pointer.load_where(2, machine.thread < 7)
+
+
+@pytest.fixture
+def two_warpgroups():
+    return NumpyMachine(threads=256, block=(0, 0), shared=1024)
+
+
+def rows_of_results(machine):
+    """Each warp writes matrices whose columns are tokens: element [g, token] is 10 token + g."""
+    lane = machine.thread % 32
+    g, token = lane // 4, lane % 4 * 2
+    pair = [(10 * (token + e) + g + 100 * machine.warp % 1000).astype(np.float32) for e in range(2)]
+    words = [machine.half_pair("float16", *pair)] * 2
+    place = machine.warp // 4 * 512 + lane % 8 * 32
+    sixteenth = (machine.warp % 4 * 2 + lane // 8 % 2) ^ (lane % 8)
+    machine.shared_store_matrices(place + sixteenth * 4, words)
+
+
+def copied_out(machine, warpgroup, *, outputs=64):
+    """What a warpgroup copies out, of eight tokens, six of which exist."""
+    out = np.full((6, outputs), np.nan, np.float16)
+    start, zero = machine.word(512 * warpgroup), machine.word(0)
+    machine.one_thread(
+        (machine.warp < 4 * warpgroup + 1) & (machine.word(4 * warpgroup) < machine.warp + 1),
+        lambda: machine.copy_out(start, out, zero, zero, 8),
+    )
+    return out
+
+
+def test_matrices_leave_as_rows_of_tokens(two_warpgroups):
+    machine = two_warpgroups
+    rows_of_results(machine)
+    machine.warpgroup_barrier()
+    out = copied_out(machine, 1)
+    for token, output in np.ndindex(6, 64):
+        warp = 4 + output // 16
+        assert out[token, output] == 10 * token + output % 8 + 100 * warp
+    assert copied_out(machine, 0, outputs=40).shape == (6, 40)
+
+
+def test_copies_out_are_waited_for(two_warpgroups):
+    machine = two_warpgroups
+    rows_of_results(machine)
+    with pytest.raises(ValueError, match="without a barrier after it was written"):
+        copied_out(machine, 0)
+    machine.warpgroup_barrier()
+    copied_out(machine, 0)
+    with pytest.raises(ValueError, match="a copy out may still be reading"):
+        rows_of_results(machine)
+    machine.wait_for_copies_out()
+    rows_of_results(machine)
+
+
+def test_a_warpgroup_sees_its_own_words_and_no_others(two_warpgroups):
+    machine = two_warpgroups
+    machine.shared_store(machine.thread, machine.thread)
+    machine.warpgroup_barrier()
+    assert machine.shared_load(machine.thread ^ 1)[0] == 1
+    with pytest.raises(ValueError, match="that another warpgroup has written for itself"):
+        machine.shared_load(machine.thread ^ 128)
+    with pytest.raises(ValueError, match="overwrites word 128 of another warpgroup"):
+        machine.shared_store(machine.thread ^ 128, machine.thread)
+    fresh = NumpyMachine(threads=256, block=(0, 0), shared=256)
+    fresh.shared_store(fresh.thread, fresh.thread)
+    fresh.barrier()
+    assert fresh.shared_load(fresh.thread ^ 128)[0] == 128

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import few_tokens, row_blocks
+from pallas_kernels import few_tokens, many_tokens, row_blocks
 from pallas_kernels.product import why_not
 from pallas_kernels.quantized_matmul import (
     pack_zeros,
     plain_codes,
     quantized_matmul,
+    quantized_matmul_reference,
     tiled_codes,
     unpack_zeros,
 )
@@ -47,7 +48,11 @@ def test_codes_round_trip(rng, weights):
         ((1, 256, 32), {"tokens": "int4"}, "or int8 or float8_e4m3fn for int4 weights"),
         ((1, 256, 32), {"weights": "int8", "tokens": E4M3}, "or int8 for int8 weights"),
         ((1, 256, 32), {"tokens": "int8"}, "group_size=128 must be None"),
-        ((1, 256, 32), {"tokens": E4M3}, "with float8_e4m3fn tokens and int4 weights"),
+        (
+            (1, 256, 32),
+            {"tokens": E4M3, "group_size": 64},
+            "group_size=64 must be one of (128,), or a scale a channel, with float8_e4m3fn tokens and int4",
+        ),
         (
             (1, 2**17, 32),
             {"tokens": "int8", "group_size": None},
@@ -97,3 +102,41 @@ def test_arguments_that_do_not_go_together(rng, half_tokens, byte_tokens):
     refused("token_scale is bfloat16", *e.args, **wrong)
     pairs = row_blocks.tile_pairs(jnp.ones((1, 32), jnp.bfloat16))
     refused("int8 tokens need a token_scale", x, codes, pairs, weights="int8")
+    pairs = row_blocks.tile_pairs(jnp.ones((2, 32), jnp.bfloat16))
+    o = byte_tokens(rng, 2, 256, 32, weights="int4", tokens=E4M3, group=128)
+    x, codes, _ = o.args
+    refused("scale is bfloat16", x, codes, pairs.astype(jnp.bfloat16), **o.options)
+    refused(r"scale is uint32\(1, 2, 8\), must be \(2, 2, 8\)", x, codes, pairs[:1], **o.options)
+
+
+@pytest.mark.parametrize("kernel", [few_tokens, many_tokens], ids=["few", "many"])
+@pytest.mark.parametrize("kind", ["half", "channel", "one scale", "blocks", "groups"])
+def test_a_layer_of_stacked_weights(rng, half_tokens, byte_tokens, kernel, kind):
+    def layer():
+        if kind == "half":
+            return half_tokens(
+                rng, 5, 256, 144, weights="int4", half="bfloat16", group=64, asymmetric=True
+            )
+        if kind == "groups":
+            return byte_tokens(rng, 5, 256, 144, weights="int4", tokens=E4M3, group=128)
+        by_block, one_scale = kind == "blocks", kind == "one scale"
+        return byte_tokens(rng, 5, 256, 144, weights=E4M3, by_block=by_block, one_scale=one_scale)
+
+    layers = [layer() for _ in range(3)]
+    stacked = [jnp.stack(parts) for parts in zip(*(o.args[1:] for o in layers), strict=True)]
+    config = {
+        few_tokens: few_tokens.Config(rows=2, slices=2),
+        many_tokens: many_tokens.Config(rows=1, tokens=16, stages=3),
+    }[kernel]
+    x, options = layers[0].args[0], layers[0].options | {"out_dtype": jnp.float32}
+    for i, o in enumerate(layers):
+        view = {"layer": jnp.int32(i)} | options
+        y = quantized_matmul(x, *stacked, **view, config=config, interpret=True)
+        alone = quantized_matmul(x, *o.args[1:], **options, config=config, interpret=True)
+        np.testing.assert_array_equal(y, alone)
+        expected = quantized_matmul_reference(x, *stacked, **view)
+        np.testing.assert_array_equal(
+            expected, quantized_matmul_reference(x, *o.args[1:], **options)
+        )
+        # Many tokens round the scales of groups into each weight.
+        np.testing.assert_allclose(y, expected, rtol=0.01, atol=0.01 * np.abs(expected).max())

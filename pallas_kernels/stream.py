@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tokens, codes and scales come to shared memory, for the kernel of many tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pallas_kernels import row_blocks, tiling
+from pallas_kernels.machine import Machine, Word
+from pallas_kernels.product import Arrays, Product
+from pallas_kernels.tiling import Config, Shared, Stage, Tile, Tiles
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The steps of one slice, of one tile after the other, in a ring of stages.
+
+    A stage has an *arrival* for what is copied into it, and one for the warps that have done with it. A
+    thread of each warp begins the copies of its warp's codes and scales, one warp those of the tokens.
+    """
+
+    machine: Machine
+    product: Product
+    config: Config
+    arrays: Arrays
+    stage: Stage
+    tiles: Tiles
+    steps: int  # of a tile
+    all_steps: Word  # of all tiles of this block
+    first: Word  # step of the slice in a tile
+    start: Word  # of its stages
+    full: Word  # arrivals of its stages, two words each: copied
+    free: Word  # likewise: done with
+    layer: Word  # row block where the layer begins
+    own: list[Word]  # row block of each fragment of this warp, of those of a tile
+    leads: Word  # whether this warp copies the tokens
+
+    @staticmethod
+    def at(machine: Machine, product: Product, config: Config, arrays: Arrays) -> "Stream":
+        """The stream of this thread's slice."""
+        shared, tiles = Shared.of(product, config), Tiles.of(product, config)
+        warpgroup, warp = machine.warp // 4, machine.warp % 4
+        row, piece = warpgroup % config.rows, warpgroup // config.rows
+        steps, stages = tiling.steps(product, config), config.slices * config.stages
+        full = piece * (2 * config.stages) + shared.arrivals
+        return Stream(
+            machine=machine,
+            product=product,
+            config=config,
+            arrays=arrays,
+            stage=shared.stage,
+            tiles=tiles,
+            steps=steps,
+            all_steps=machine.word(steps)
+            if config.resident is None
+            else tiles.count(machine) * steps,
+            first=piece * steps,
+            start=piece * (config.stages * shared.stage.size),
+            full=full,
+            free=full + 2 * stages,
+            layer=arrays.start(machine, product.n // row_blocks.ROWS),
+            own=[(row * config.fragments + f) * 4 + warp for f in range(config.fragments)],
+            leads=(row < 1) & (warp < 1),
+        )
+
+    def open(self) -> None:
+        """Makes the arrivals ready, and begins the first steps."""
+        machine, config = self.machine, self.config
+        stages, full = config.slices * config.stages, Shared.of(self.product, config).arrivals
+        machine.start_arrivals(machine.word(full), stages, threads=1)
+        machine.start_arrivals(machine.word(full + 2 * stages), stages, threads=4 * config.rows)
+        machine.barrier()
+        for step in range(config.stages - 2):
+            self.begin(machine.word(step))
+
+    def place(self, step: Word) -> Word:
+        """Where a step lies."""
+        return self.start + step % self.config.stages * self.stage.size
+
+    def tile_of(self, step: Word) -> tuple[Tile, Word]:
+        """The tile that a step belongs to, and its step in that."""
+        if self.config.resident is None:
+            return self.tiles.at(self.machine, 0), step
+        return self.tiles.at(self.machine, step // self.steps), step % self.steps
+
+    def row_block(self, tile: Tile, fragment: int) -> Word:
+        """The row block of a fragment of this warp; beyond the last one that."""
+        last = self.product.n // row_blocks.ROWS - 1
+        return self.machine.minimum(tile.row_block + self.own[fragment], last)
+
+    def group(self, step: Word) -> Word:
+        """The first group of a step of a tile, of those that have scales in pairs."""
+        inputs = self.config.span * tiling.tile_inputs(self.product)
+        each = max((self.product.group_size or 0) // inputs, 1)  # steps of a group
+        return step * self.stage.groups if each == 1 else step // each
+
+    def _turn(self, step: Word, arrivals: Word) -> tuple[Word, Word]:
+        """The arrival of a step's stage, and how often the stage was used before."""
+        return arrivals + step % self.config.stages * 2, step // self.config.stages
+
+    def begin(self, step: Word) -> None:
+        """Begins to copy a step, if there is such a one, when all warps have done with its stage."""
+        machine, exists = self.machine, step < self.all_steps
+        full, used = self._turn(step, self.full)
+        free, _ = self._turn(step, self.free)
+        machine.wait_for(free, used + 1)  # the turn before; what was never used is free
+        tile, own_step = self.tile_of(step)
+        step, place = own_step + self.first, self.place(step)
+
+        def copy_tokens() -> None:
+            machine.expect(full, 4 * self.stage.copied)
+            self._copy_tokens(tile, step, place, full)
+
+        def copy_weights() -> None:
+            for fragment in range(self.config.fragments):
+                block = self.row_block(tile, fragment) + self.layer
+                self._copy_weights(block, fragment, step, place, full)
+
+        machine.one_thread(exists & self.leads, copy_tokens)
+        machine.one_thread(exists, copy_weights)
+
+    def _copy_tokens(self, tile: Tile, step: Word, place: Word, full: Word) -> None:
+        machine, config, product = self.machine, self.config, self.product
+        for i in range(config.span):
+            column = (step * config.span + i) * tiling.tile_inputs(product)
+            here = place + i * self.stage.tile
+            machine.copy_tokens(here, self.arrays.x, tile.token, column, config.tokens, full)
+        if product.has_blocks:  # of all tokens, block after block, whole tiles of them
+            tokens = self.tiles.columns * config.tokens
+            source = machine.pointer(self.arrays.token_scale, step * tokens + tile.token)
+            machine.copy_words(place + self.stage.token_scales, source, config.tokens, full)
+
+    def _copy_weights(
+        self, block: Word, fragment: int, step: Word, place: Word, full: Word
+    ) -> None:
+        machine, product, stage = self.machine, self.product, self.stage
+        words = product.k // row_blocks.COLUMNS * stage.block  # of a row block
+        source = machine.pointer(self.arrays.codes, block * words + step * stage.row)
+        machine.copy_words(place + self.codes_place(fragment), source, stage.row, full)
+        if stage.groups:
+            pairs = (block * product.groups + self.group(step)) * 8
+            for array, here in zip(self._pairs, self.pair_places(fragment), strict=True):
+                machine.copy_words(place + here, machine.pointer(array, pairs), stage.pairs, full)
+
+    @property
+    def _pairs(self) -> list[Any]:
+        """Arrays of scales, and of zeros if there are any."""
+        return [self.arrays.scale] + ([self.arrays.zero] if self.product.has_zeros else [])
+
+    def codes_place(self, fragment: int) -> Word:
+        """Where the codes of a fragment of this warp lie in a stage."""
+        return self.own[fragment] * self.stage.row + self.stage.codes
+
+    def pair_places(self, fragment: int) -> list[Word]:
+        """Where the scales of a fragment lie in a stage, and the zeros if there are any."""
+        start, stage = self.own[fragment] * self.stage.pairs, self.stage
+        all_pairs = stage.pairs * (self.config.outputs // row_blocks.ROWS)
+        return [start + (stage.scales + all_pairs * i) for i in range(len(self._pairs))]
+
+    def after(self, step: Word) -> Word:
+        """The next step; after the last one there is none: that again, and nobody takes it."""
+        return self.machine.minimum(step + 1, self.all_steps + 0xFFFFFFFF)
+
+    def leave(self, step: Word, where: Word) -> None:
+        """This warp has done with a step, if the condition holds."""
+        free, _ = self._turn(
+            step + self.config.stages, self.free
+        )  # of the step before the first, too
+        self.machine.one_thread(where, lambda: self.machine.arrive(free))
+
+    def wait(self, step: Word) -> None:
+        """Waits for a step; once it was waited for, in no time."""
+        self.machine.wait_for(*self._turn(step, self.full))
