@@ -18,5 +18,6 @@ from qjax.report import QuantizationReport as QuantizationReport
 from qjax.scheme import Recipe as Recipe
 from qjax.scheme import Rule as Rule
 from qjax.scheme import Scheme as Scheme
+from qjax.stacked_layers import scan_layers as scan_layers
 
 __version__ = "0.1.0"

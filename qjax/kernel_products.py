@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import configs, device
+from pallas_kernels.machine import Half
 from pallas_kernels.operands import Weights
 from pallas_kernels.product import Product
 from pallas_kernels.quantized_matmul import quantized_matmul
@@ -129,14 +130,24 @@ def _launched(x: Float[Array, "m k"], w: QTensor, *, dtype: Any) -> Float[Array,
     """The kernel itself."""
     weights = cast(Weights, w.format.storage)
     if w.activations is None:
-        return quantized_matmul(x, w.codes, w.scale, w.zero, weights=weights, out_dtype=dtype)
+        return quantized_matmul(
+            x, w.codes, w.scale, w.zero, weights=weights, layer=w.layer, out_dtype=dtype
+        )
     quantized = activations.quantize(x, w.activations, (-1,))
-    scale, token_scale = w.scale, quantized.scale
-    if w.group_size is None:
-        scale, token_scale = scale.reshape(-1), token_scale.reshape(-1)
+    layers = () if w.layer is None else w.scale.shape[:1]
+    scale = w.scale if w.group_size else w.scale.reshape(*layers, -1)
+    token_scale = quantized.scale
+    token_scale = token_scale.reshape(-1) if token_scale.shape[-1] == 1 else token_scale
     return quantized_matmul(
-        quantized.codes, w.codes, scale, weights=weights, token_scale=token_scale, out_dtype=dtype
-    )
+        quantized.codes, w.codes, scale, weights=weights, token_scale=token_scale, layer=w.layer,
+        out_dtype=dtype, scale_dtype=_pair_dtype(w),
+    )  # fmt: skip
+
+
+def _pair_dtype(w: QTensor) -> Half:
+    """Of the scales of groups that meet 8-bit activations; any where there are none."""
+    assert w.layout is not None
+    return "float16" if w.layout.scale_dtype == "float16" else "bfloat16"
 
 
 def _forward(x, w, dtype, many):

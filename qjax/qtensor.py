@@ -29,9 +29,9 @@ class KernelLayout:
     """Leaves arranged for a kernel: :mod:`pallas_kernels.row_blocks`.
 
     Attributes:
-      tokens: dtype that the kernel multiplies with. Scales are pairs of it where it has 16 bits, and
-        float32 as the class describes them where it has 8.
-      scale_dtype: of the scales in the plain arrangement.
+      tokens: dtype that the kernel multiplies with. Scales are pairs of it where it has 16 bits. Where
+        it has 8, those of groups are pairs, all others float32 as the class describes them.
+      scale_dtype: of the scales in the plain arrangement, and of pairs.
       version: of the arrangement.
     """
 
@@ -61,13 +61,15 @@ class QTensor:
       format: what the codes mean.
       axis: the contraction axes, counted from the end.
       activations: how the other operand of a product is quantized; None leaves it as it is.
+      layer: which of stacked layers this array is, whose leaves are those of all of them; None: all.
+        Only arranged weights have one: :func:`qjax.scan_layers`.
       layout: how codes, scale and zero are arranged; None: as described here. :func:`for_kernel` and
         :func:`plain` go from one to the other.
     """
 
     __slots__ = (
-        "_dtype", "_shape", "_tile", "activations", "axis", "codes", "format", "layout", "scale",
-        "tensor_scale", "zero",
+        "_dtype", "_shape", "_tile", "activations", "axis", "codes", "format", "layer", "layout",
+        "scale", "tensor_scale", "zero",
     )  # fmt: skip
 
     # The leaves are Any on purpose: under transformations JAX puts tracers, shapes or plain
@@ -76,6 +78,7 @@ class QTensor:
     scale: Any
     zero: Any
     tensor_scale: Any
+    layer: Any
     format: Format
     axis: tuple[int, ...]
     activations: ActivationScheme | None
@@ -88,6 +91,7 @@ class QTensor:
         scale: Any,
         zero: Any = None,
         tensor_scale: Any = None,
+        layer: Any = None,
         format: Format,
         axis: tuple[int, ...],
         tile: tuple[int, ...],
@@ -103,6 +107,7 @@ class QTensor:
           scale: one entry a tile.
           zero: one entry a tile, or None.
           tensor_scale: scalar, or None.
+          layer: int32 scalar, or None.
           format: what the codes mean.
           axis: contraction axes, counted from the end.
           tile: tile length for each axis of ``shape``.
@@ -112,6 +117,7 @@ class QTensor:
           layout: how the leaves are arranged.
         """
         self.codes, self.scale, self.zero, self.tensor_scale = codes, scale, zero, tensor_scale
+        self.layer = layer
         self.format, self.axis, self.activations = format, axis, activations
         self.layout = layout
         self._shape, self._tile, self._dtype = tuple(shape), tuple(tile), jnp.dtype(dtype)
@@ -171,6 +177,7 @@ class QTensor:
         """Shape of the logical array, read off the codes: of all layers, one layer or one shard."""
         if self.layout is not None:
             *leading, blocks, tiles_ = self.codes.shape[: -3 if self.format.bits == 8 else -2]
+            leading = leading if self.layer is None else leading[1:]
             return (*leading, tiles_ * row_blocks.COLUMNS, blocks * row_blocks.ROWS)
         *leading, last = self.codes.shape
         if self.format.packed:
@@ -255,7 +262,7 @@ class QTensor:
         return result
 
     def replaced(self, **leaves: Any) -> "QTensor":
-        """The same with other leaves: codes, scale or zero."""
+        """The same with other leaves: codes, scale, zero or layer."""
         present, static = self.tree_flatten_with_keys()
         return QTensor.tree_unflatten(static, [leaves.get(key.name, leaf) for key, leaf in present])
 
@@ -272,7 +279,7 @@ class QTensor:
 
     def tree_flatten_with_keys(self):
         """Leaves with their names, and everything static."""
-        names = ("codes", "scale", "zero", "tensor_scale")
+        names = ("codes", "scale", "zero", "tensor_scale", "layer")
         leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
         return leaves, (
             self.format, self.axis, self._tile, self._shape, self._dtype, self.activations,
@@ -282,10 +289,10 @@ class QTensor:
     @classmethod
     def tree_unflatten(cls, static, leaves):
         """Inverse of :meth:`tree_flatten_with_keys`; takes any leaves."""
-        codes, scale, zero, tensor_scale = leaves
+        codes, scale, zero, tensor_scale, layer = leaves
         format, axis, tile, shape, dtype, activations, layout = static
         return cls(
-            codes=codes, scale=scale, zero=zero, tensor_scale=tensor_scale, format=format,
+            codes=codes, scale=scale, zero=zero, tensor_scale=tensor_scale, layer=layer, format=format,
             axis=axis, tile=tile, shape=shape, dtype=dtype, activations=activations, layout=layout,
         )  # fmt: skip
 
@@ -319,19 +326,31 @@ def why_no_kernel(q: QTensor) -> str | None:
 
 def _why_not_scales(q: QTensor) -> str | None:
     """Why scales are not those of a kernel, of weights whose dtypes and group are."""
-    (k, n), (_, outputs) = q.shape[-2:], q.tile
-    if q.activations is None or q.group_size is None:
-        if outputs != 1 and (outputs < n or q.group_size is not None):
-            return f"scales must be per output or one for all, these are for tiles of {q.tile}"
-    elif outputs != product.BLOCK and outputs < n:
+    (k, n), (_, outputs), by_block = q.shape[-2:], q.tile, _by_block(q)
+    if by_block and outputs != product.BLOCK and outputs < n:
         return f"scales must be for 128 x 128 weights, these are for tiles of {q.tile}"
+    if not by_block and outputs != 1 and (outputs < n or q.group_size is not None):
+        return f"scales must be per output or one for all, these are for tiles of {q.tile}"
     if q.activations is None:
         return None
-    of_tokens = q.activations.group_size
+    if _in_pairs(q) and str(q.scale.dtype) not in ("bfloat16", "float16"):
+        return f"scales of groups must have 16 bits, these are {q.scale.dtype}"
+    of_tokens, expected = q.activations.group_size, q.group_size if by_block else None
     of_tokens = None if of_tokens is None or of_tokens >= k else of_tokens
-    if of_tokens != q.group_size:
-        return f"activations have a scale for {of_tokens} inputs, weights for {q.group_size}; None: all"
+    if of_tokens != expected:
+        return f"activations have a scale for {of_tokens} inputs, must have one for {expected}; None: all"
     return None
+
+
+def _by_block(q: QTensor) -> bool:
+    """Whether the kernel wants scales of 128 x 128 weights."""
+    same = q.activations is not None and q.activations.format == q.format
+    return same and q.group_size is not None
+
+
+def _in_pairs(q: QTensor) -> bool:
+    """Whether it wants them in pairs of 16 bits."""
+    return q.activations is None or (q.group_size is not None and not _by_block(q))
 
 
 def for_kernel(q: QTensor) -> QTensor:
@@ -348,17 +367,17 @@ def for_kernel(q: QTensor) -> QTensor:
     if q.layout is not None or why_no_kernel(q) is not None:
         return q
     tokens, weights = cast(product.Tokens, kernel_tokens(q)), cast(Weights, q.format.storage)
-    codes = quantized_matmul.tiled_codes(q.codes, weights)
-    if q.activations is not None:
-        result = q.replaced(codes=codes, scale=q.scale.astype(jnp.float32))
-    else:
+    codes, scale, zero = quantized_matmul.tiled_codes(q.codes, weights), q.scale, q.zero
+    if _in_pairs(q):
         # One scale for the whole tensor stands there once for each output.
-        each = jnp.broadcast_to(q.scale, (*q.scale.shape[:-1], q.shape[-1]))
-        zero = q.zero
+        each = jnp.broadcast_to(scale, (*scale.shape[:-1], q.shape[-1]))
+        scale = row_blocks.tile_pairs(each)
         if zero is not None:
             zero = jnp.broadcast_to(zero, each.shape)
             zero = quantized_matmul.pack_zeros(zero, cast(Half, tokens), weights)
-        result = q.replaced(codes=codes, scale=row_blocks.tile_pairs(each), zero=zero)
+    else:
+        scale = scale.astype(jnp.float32)
+    result = q.replaced(codes=codes, scale=scale, zero=zero)
     result.layout = KernelLayout(tokens=tokens, scale_dtype=str(q.scale.dtype))
     return result
 
@@ -367,21 +386,31 @@ def plain(q: QTensor) -> QTensor:
     """The same weight with its leaves as the class describes them: the inverse of :func:`for_kernel`."""
     if q.layout is None:
         return q
+    q = _taken(q)
+    assert q.layout is not None
     weights, dtype = cast(Weights, q.format.storage), jnp.dtype(q.layout.scale_dtype)
     codes = quantized_matmul.plain_codes(q.codes, weights).astype(q.format.storage)
-    if q.activations is not None:
-        result = q.replaced(codes=codes, scale=q.scale.astype(dtype))
-    else:
+    scale, zero = q.scale, q.zero
+    if _in_pairs(q):
         # The other way round: of as many equal ones as there are outputs the tensor keeps one.
         held = slice(None) if q.tile[-1] == 1 else slice(1)
-        zero = q.zero
         if zero is not None:
             half = cast(Half, q.layout.tokens)
             zero = quantized_matmul.unpack_zeros(zero, half, weights)[..., held]
-        scale = row_blocks.untile_pairs(q.scale, dtype)[..., held]
-        result = q.replaced(codes=codes, scale=scale, zero=zero)
+        scale = row_blocks.untile_pairs(scale, dtype)[..., held]
+    else:
+        scale = scale.astype(dtype)
+    result = q.replaced(codes=codes, scale=scale, zero=zero)
     result.layout = None
     return result
+
+
+def _taken(q: QTensor) -> QTensor:
+    """A layer by itself: its leaves are copied out of those of all layers."""
+    if q.layer is None:
+        return q
+    zero = None if q.zero is None else q.zero[q.layer]
+    return q.replaced(codes=q.codes[q.layer], scale=q.scale[q.layer], zero=zero, layer=None)
 
 
 def unpacked(q: QTensor) -> Shaped[Array, "..."]:
