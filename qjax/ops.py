@@ -18,9 +18,8 @@ groups, on a GPU   as they are, few rows       ``sum(dot(x, codes) by group * sc
 
 int4, int8 and e4m3 weights that :func:`qjax.prepare` has arranged for it go through
 :mod:`pallas_kernels.quantized_matmul` instead, on a Hopper GPU: activations of the scales' 16-bit dtype,
-up to 4096 rows, or quantized to int8 or e4m3 as the weight wants them, however many (up to 64 where
-blocks of 128 x 128 have scales; :func:`qjax.kernel_products.why_not`). All others go through XLA, in the
-arrangement of the table.
+up to 4096 rows, or quantized to int8 or e4m3 as the weight wants them, however many
+(:func:`qjax.kernel_products.why_not`). All others go through XLA, in the arrangement of the table.
 
 Accumulation is float32 or int32 whatever the operands are, and the result is rounded once, to
 ``preferred_element_type`` or the promoted dtype. The dot of two integers always asks for an int32
@@ -361,13 +360,11 @@ def _both_quantized(x, w: QTensor, numbers, precision) -> Float[Array, "..."]:
         y = _float_dot(codes, qtensor.centred(w, jnp.bfloat16), numbers, precision)
         return y * token_scale * scale
     # int4 is widened here: XLA has no product of int8 and int4 but a scalar loop (630 x bf16 on H200).
-    y = lax.dot_general(
-        quantized.codes,
-        qtensor.unpacked(w),
-        numbers,
-        preferred_element_type=jnp.int32,
-    )
-    return y.astype(jnp.float32) * token_scale * scale
+    # Of a single row it makes a reduction then that its Triton compiler refuses (jax 0.11.2).
+    refused = jax.default_backend() == "gpu" and w.format.bits < 8
+    codes, single = _doubled(quantized.codes, numbers) if refused else (quantized.codes, False)
+    y = lax.dot_general(codes, qtensor.unpacked(w), numbers, preferred_element_type=jnp.int32)
+    return (y[:1] if single else y).astype(jnp.float32) * token_scale * scale
 
 
 def _both_quantized_forward(x, w, numbers, precision):
@@ -399,14 +396,19 @@ def _float_dot(
         return lax.dot_general(
             x, w, numbers, precision=precision, preferred_element_type=dtype, **sharding
         )
-    (contracting, _), (batch, _) = numbers
-    free = [i for i in range(x.ndim) if i not in contracting and i not in batch]
-    single_row = bool(free) and not batch and math.prod(x.shape[i] for i in free) == 1
-    rows = jnp.concatenate([x, x], axis=free[0]) if single_row else x
+    rows, single = _doubled(x, numbers)
     y = lax.dot_general(
         rows, w, numbers, precision=precision, preferred_element_type=jnp.float32, **sharding
     )
-    return (y[:1] if single_row else y).astype(dtype)
+    return (y[:1] if single else y).astype(dtype)
+
+
+def _doubled(x: Shaped[Array, "..."], numbers) -> tuple[Shaped[Array, "..."], bool]:
+    """A single row twice, and whether it was one: of the result the first is to be taken."""
+    (contracting, _), (batch, _) = numbers
+    free = [i for i in range(x.ndim) if i not in contracting and i not in batch]
+    single = bool(free) and not batch and math.prod(x.shape[i] for i in free) == 1
+    return (jnp.concatenate([x, x], axis=free[0]) if single else x), single
 
 
 def _free_scales(w: QTensor) -> Float[Array, "..."]:

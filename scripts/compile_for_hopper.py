@@ -111,11 +111,17 @@ def _folder_of(tool: str) -> Path | None:
     return None
 
 
-def shapes(tree: Any) -> Any:
-    """Shapes of arrays that lie on an H200, which need not be there: for ``jax.jit(...).lower``."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
+def mesh(count: int) -> jax.sharding.Mesh:
+    """So many H200, which need not be there, along an axis ``x``."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H200, topology=f"1x{count}x1"
+    )
+    return topologies.make_mesh(topology, (count,), ("x",))
+
+
+def shapes(tree: Any, on: jax.sharding.Mesh | None = None, spec: Any = None) -> Any:
+    """Shapes of arrays that lie on such a mesh, one H200 if none is given: for ``jax.jit(...).lower``."""
+    sharding = NamedSharding(on or mesh(1), spec or PartitionSpec())
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 

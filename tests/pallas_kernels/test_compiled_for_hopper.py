@@ -9,6 +9,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 import compile_for_hopper
 import qjax
@@ -160,6 +161,35 @@ def test_a_scan_copies_no_weight(monkeypatch, name, m):
         kind = {"uint32": "u32", "float32": "f32"}[str(leaf.dtype)]
         assert f"{kind}[{of_all}]" in program
         assert f"{kind}[{of_one}]" not in program and f"{kind}[1,{of_one}]" not in program
+
+
+@pytest.mark.parametrize("m", [1, 64])
+def test_a_kernel_under_shard_map(monkeypatch, m):
+    """Each of two GPUs has half of the outputs, and the kernel of that half."""
+    monkeypatch.setattr(device, "is_hopper", lambda: True)
+    mesh = compile_for_hopper.mesh(2)
+
+    def arranged():
+        return qtensor.for_kernel(qjax.quantize(jnp.ones((512, 1024), jnp.bfloat16), "w4a16-g128"))
+
+    x = compile_for_hopper.shapes(jnp.ones((m, 512), jnp.bfloat16), mesh)
+    w = compile_for_hopper.shapes(jax.eval_shape(arranged), mesh, PartitionSpec("x"))
+    halves = jax.shard_map(
+        qjax.matmul, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("x")),
+        out_specs=PartitionSpec(None, "x"),
+    )  # fmt: skip
+    program = jax.jit(halves).lower(x, w).compile().as_text()
+    (launch,) = (line for line in program.splitlines() if "mosaic_gpu" in line)
+    assert f"bf16[{m},512]" in launch and "u32[32,8,32,4]" in launch  # of 64 row blocks
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_xla_compiles_int4_with_int8_tokens(monkeypatch, m):
+    """Of a single row it makes a reduction that its Triton compiler refuses."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    shape = jax.eval_shape(lambda: qjax.quantize(jnp.ones((512, 640), jnp.bfloat16), "w4a8"))
+    x, w = compile_for_hopper.shapes((jnp.ones((m, 512), jnp.bfloat16), shape))
+    assert jax.jit(qjax.matmul).lower(x, w).compile().as_text()
 
 
 def test_the_versions_of_jax_and_its_plugin_agree():

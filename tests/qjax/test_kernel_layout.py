@@ -255,6 +255,20 @@ def test_a_scan_hands_the_kernel_all_layers(hopper, rng, name):
     assert qjax.scan_layers(lambda c, _: (c + 1, None), 0, None, length=4)[0] == 4
 
 
+@pytest.mark.parametrize("m", [1, 40])
+def test_kernels_under_shard_map(hopper, rng, m):
+    q = qjax.quantize(jnp.asarray(rng.standard_normal((256, 64)), jnp.bfloat16), "w4a16-g64")
+    x, arranged = jnp.asarray(rng.standard_normal((m, 256)), jnp.bfloat16), qjax.prepare(q)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    spec = jax.sharding.PartitionSpec
+    by_outputs = jax.shard_map(
+        qjax.matmul, mesh=mesh, in_specs=(spec(), spec("x")), out_specs=spec(None, "x"),
+        check_vma=False,  # the interpreter's callback does not say how it varies
+    )  # fmt: skip
+    np.testing.assert_array_equal(jax.jit(by_outputs)(x, arranged), qjax.matmul(x, arranged))
+    assert ((m, 256), "bfloat16") in hopper
+
+
 def test_a_view_of_a_layer_is_that_layer(hopper, weight):
     q = qjax.quantize(jnp.stack([weight, weight * 2]), "w4a16-g64-asym", stacked=1)
     view = qjax.prepare(q).replaced(layer=jnp.int32(1))
