@@ -36,7 +36,6 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, Shaped
 
 from pallas_kernels import device
-from pallas_kernels.few_tokens import MOST_COLUMNS
 from qjax import activations, kernel_products, qtensor, tiles
 from qjax.qtensor import QTensor
 
@@ -240,10 +239,9 @@ def form(w: Any) -> str:
     if device.is_hopper() and qtensor.why_no_kernel(w) is None:
         once = "" if w.layout else " once prepared"
         most = kernel_products.most_rows(w)
-        if most is None:
-            return f"pallas: few_tokens, many_tokens{once}"
-        kernels = "few_tokens, many_tokens" if most > MOST_COLUMNS * 2 else "few_tokens"
-        return f"pallas: {kernels} up to {most} rows{once}, then {_xla_form(w)}"
+        up_to = "" if most is None else f" up to {most} rows"
+        then = "" if most is None else f", then {_xla_form(w)}"
+        return f"pallas: few_tokens, many_tokens{up_to}{once}{then}"
     partial = w.activations is None and not w.scaled_per_contraction and not w.format.packed
     few = ", few rows as partial sums" if partial and jax.default_backend() == "gpu" else ""
     return _xla_form(w) + few

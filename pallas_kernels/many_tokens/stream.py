@@ -4,10 +4,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pallas_kernels import row_blocks, tiling
+from pallas_kernels import row_blocks
 from pallas_kernels.machine import Machine, Word
+from pallas_kernels.many_tokens import tiling
+from pallas_kernels.many_tokens.tiling import Config, Shared, Stage, Tile, Tiles
 from pallas_kernels.product import Arrays, Product
-from pallas_kernels.tiling import Config, Shared, Stage, Tile, Tiles
 
 
 @dataclass(frozen=True)

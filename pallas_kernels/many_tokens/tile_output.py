@@ -12,8 +12,8 @@ from typing import cast
 
 from pallas_kernels import epilogue, row_blocks
 from pallas_kernels.machine import Half, Machine, Real, Sum, Word
+from pallas_kernels.many_tokens.tiling import TILE_WORDS, Config, Shared, Tile
 from pallas_kernels.product import Arrays, Product
-from pallas_kernels.tiling import TILE_WORDS, Config, Shared, Tile
 
 _OUTPUTS = 64  # of a fragment: 128 bytes of a token
 

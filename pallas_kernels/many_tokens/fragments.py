@@ -4,11 +4,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pallas_kernels import operands, row_blocks, tiling
+from pallas_kernels import operands, row_blocks
 from pallas_kernels.machine import Machine, Real, Sum, Word
+from pallas_kernels.many_tokens import tiling
+from pallas_kernels.many_tokens.stream import Stream
+from pallas_kernels.many_tokens.tiling import PRODUCTS, Config, Tile
 from pallas_kernels.product import BLOCK, Product
-from pallas_kernels.stream import Stream
-from pallas_kernels.tiling import PRODUCTS, Config, Tile
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ same for its reason: the tensor cores add 8-bit floats up with about 14 bits onl
 
 from typing import Any
 
-from pallas_kernels.fragments import Fragments
 from pallas_kernels.machine import Real, Word
-from pallas_kernels.tiling import PRODUCTS
+from pallas_kernels.many_tokens.fragments import Fragments
+from pallas_kernels.many_tokens.tiling import PRODUCTS
 
 
 def begun(weights: Fragments) -> list[Word]:

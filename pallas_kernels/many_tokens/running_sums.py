@@ -8,9 +8,9 @@ step is made ready at the end of a step, also where it belongs to the next tile.
 from dataclasses import dataclass
 from typing import Any
 
-from pallas_kernels.fragments import Fragments
 from pallas_kernels.machine import Sum, Word
-from pallas_kernels.tiling import PRODUCTS
+from pallas_kernels.many_tokens.fragments import Fragments
+from pallas_kernels.many_tokens.tiling import PRODUCTS
 
 
 def begun(weights: Fragments) -> list[Word]:

@@ -1,22 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of many tokens: warpgroup products whose weights are unpacked in registers.
-
-From about 32 tokens on the arithmetic counts, and Hopper has it in ``wgmma`` alone: one instruction
-multiplies 64 outputs x 32 bytes of inputs, in registers, with up to 256 tokens, in shared memory. What is
-to be computed, and the layout of the weights, are those of few tokens (:mod:`pallas_kernels.few_tokens`).
-
-- A warpgroup owns 64 or 128 outputs and all tokens of a tile. Products follow one another without a
-  gap: one is under way while the codes of the next are unpacked.
-- Codes and tokens come to shared memory by copies of the hardware's own, ``stages`` steps of a ring
-  ahead; a step is ``span`` times 128 bytes of each token: :mod:`pallas_kernels.stream`. Nobody waits at
-  a barrier.
-- ``ldmatrix`` brings a warp its codes from there, so distributed among its lanes that the tokens can
-  stay in the order of memory: :mod:`pallas_kernels.row_blocks`, :mod:`pallas_kernels.fragments`.
-- Scales of groups are multiplied into 16-bit weights, as if they had been dequantized (one rounding).
-  8-bit tokens meet codes as they are, int4 as e4m3 or int8: the sum of a group or block of 128 inputs is
-  scaled by itself, in float32. All other scales are applied to sums: exact.
-- Results leave while the next tile is multiplied: :mod:`pallas_kernels.tile_output`.
-"""
+"""The program of a block for many tokens, which configurations fit it, and which one to begin with."""
 
 import dataclasses
 import itertools
@@ -25,14 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import group_sums, running_sums, tiling
 from pallas_kernels.device import MULTIPROCESSORS
-from pallas_kernels.fragments import Fragments
 from pallas_kernels.machine import Machine, Word
+from pallas_kernels.many_tokens import group_sums, running_sums, tiling
+from pallas_kernels.many_tokens.fragments import Fragments
+from pallas_kernels.many_tokens.stream import Stream
+from pallas_kernels.many_tokens.tile_output import TileOutput
+from pallas_kernels.many_tokens.tiling import Config, Shared, Tiles
 from pallas_kernels.product import SHARED_BYTES, Arrays, Product
-from pallas_kernels.stream import Stream
-from pallas_kernels.tile_output import TileOutput
-from pallas_kernels.tiling import Config, Shared, Tiles
 
 _MOST_GROUP_SUMS = 128  # tokens of a tile: their sums of a group take registers of their own
 
