@@ -197,28 +197,31 @@ class _Reader:
         def token(index: Word) -> Word:
             return machine.minimum(index, product.m - 1)
 
-        start = arrays.start(machine, product.n // row_blocks.ROWS)  # row block of the layer
+        row_words = chunks * (32 * _code_words(product))
+        row_count = product.n // row_blocks.ROWS
 
         def scales(r: Word) -> list[Pointer]:
             if product.has_blocks:
                 stride = _scale_stride(product)
                 place = group * stride + r // (BLOCK // row_blocks.ROWS)
-                place = place + arrays.start(machine, product.groups * stride)
-                return [machine.pointer(arrays.scale, place)]
+                return [arrays.pointer(machine, arrays.scale, place, product.groups * stride)]
             if not product.has_pairs:
                 return []
             pairs = [arrays.scale] + ([arrays.zero] if product.has_zeros else [])
-            place = ((start + r) * product.groups + group) * 8 + g
-            return [machine.pointer(a, place) for a in pairs]
+            place, words = (r * product.groups + group) * 8 + g, product.groups * 8
+            return [arrays.pointer(machine, a, place, row_count * words) for a in pairs]
 
         return _Reader(
             machine=machine,
             product=product,
             codes=[
-                machine.pointer(
+                arrays.pointer(
+                    machine,
                     arrays.codes,
-                    ((start + r) * chunks + chunk) * (32 * _code_words(product))
+                    r * row_words
+                    + chunk * (32 * _code_words(product))
                     + row_blocks.place_of(lane) * 4,
+                    row_count * row_words,
                 )
                 for r in rows
             ],

@@ -43,8 +43,8 @@ class Pointer(Protocol):
         """Reads a word where a condition holds; elsewhere it is 0."""
         ...
 
-    def advanced(self, words: Word) -> "Pointer":
-        """The place so many words on."""
+    def advanced(self, count: Word, each: int = 1) -> "Pointer":
+        """The place so many times so many words on: further than a word can count, too."""
         ...
 
 
@@ -315,7 +315,7 @@ class Machine(Protocol):
           step: B is bytes 32 step to 32 step + 31.
           sums: for each i the C; None: nothing. Lane ``4 g + c`` holds, for each 8 tokens, rows g, g,
             g + 8, g + 8 at tokens 2 c, 2 c + 1, 2 c, 2 c + 1.
-          tokens: how many, a multiple of 8 up to 256.
+          tokens: how many, a multiple of 8 up to 256; of int8 beyond 32 a multiple of 16.
         """
         ...
 

@@ -176,9 +176,9 @@ class MosaicPointer:
         )
         return MosaicWord(_asm(_i32(), [self.address, condition], text, "=&r,l,r"))
 
-    def advanced(self, words: MosaicWord | int) -> "MosaicPointer":
-        """Further on."""
-        return MosaicPointer(arith.addi(self.address, _bytes(words, 4)))
+    def advanced(self, count: MosaicWord | int, each: int = 1) -> "MosaicPointer":
+        """Further on, in 64 bits."""
+        return MosaicPointer(arith.addi(self.address, _bytes(count, 4 * each)))
 
 
 def _bytes(index: MosaicWord | int, size: int) -> ir.Value:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8, UInt32
+from jaxtyping import Float32, Int64, Shaped, UInt8, UInt32
 
 from pallas_kernels.machine import Half, Operand
 
@@ -43,7 +43,7 @@ class NumpyPointer:
     """A place for each thread in a flat array of words."""
 
     array: UInt32[np.ndarray, " words"]
-    index: Words
+    index: Int64[np.ndarray, " threads"]
     machine: "NumpyMachine"
 
     def load(self, offset: int, count: int, *, once: bool = False) -> list[Words]:
@@ -68,9 +68,10 @@ class NumpyPointer:
             raise IndexError(f"word {places[active].max()} of an array of {self.array.size}")
         return np.where(active, self.array[np.where(active, places, 0)], np.uint32(0))
 
-    def advanced(self, words: Words | int) -> "NumpyPointer":
+    def advanced(self, count: Words | int, each: int = 1) -> "NumpyPointer":
         """Further on."""
-        return NumpyPointer(self.array, self.index + np.uint32(words), self.machine)
+        far = np.asarray(count, np.int64) * each
+        return NumpyPointer(self.array, self.index + far, self.machine)
 
 
 class NumpyMachine:
@@ -87,6 +88,7 @@ class NumpyMachine:
         self._writers: dict[int, int] = {}  # of words that only they see: since the last barrier
         self._seen: dict[int, int] = {}  # words that only the threads of a warpgroup see, likewise
         self._going_out: set[int] = set()  # words that copies out may still be reading
+        self._gone: set[int] = set()  # of those what who began the copies has waited for
         self._arrivals: dict[int, Arrival] = {}  # by their place
         self._stored: set[int] = set()  # words that threads wrote, and no copy: not for wgmma
         self._under_way: list[set[int]] = []  # what each product reads that is not waited for
@@ -97,7 +99,9 @@ class NumpyMachine:
     def pointer(self, array: np.ndarray, word: Words) -> NumpyPointer:
         """A place in the bits of an array."""
         return NumpyPointer(
-            array.reshape(-1).view(np.uint32), np.broadcast_to(word, self.thread.shape), self
+            array.reshape(-1).view(np.uint32),
+            np.broadcast_to(word, self.thread.shape).astype(np.int64),
+            self,
         )
 
     def store(self, array: np.ndarray, index: Words, value: Reals, where: Any) -> None:
@@ -266,8 +270,8 @@ class NumpyMachine:
             there[:] = rows[: there.shape[0], : there.shape[1]]
 
     def wait_for_copies_out(self) -> None:
-        """All of them: threads go together here."""
-        self._going_out.clear()
+        """The threads that began them know; others do after a barrier."""
+        self._gone |= self._going_out
 
     def _begin(self, arrival: Any, places: np.ndarray, words: np.ndarray) -> None:
         self._check_free(places)
@@ -300,11 +304,17 @@ class NumpyMachine:
         self._writers.clear()
         self._seen.clear()
         self._waited.clear()
+        self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        self._going_out -= self._gone
+        self._gone.clear()
 
     def warpgroup_barrier(self) -> None:
         """Makes writes visible to the warpgroup of who wrote."""
         self._seen.update({place: thread // 128 for place, thread in self._writers.items()})
         self._writers.clear()
+        self._forget_gone()
 
     def word(self, value: int) -> Words:
         """A constant."""
@@ -444,6 +454,8 @@ class NumpyMachine:
         tokens: int,
     ) -> list[list["Pending"]]:
         """Multiplies at once, and remembers what must not change until it is waited for."""
+        if tokens % 8 or (kind == "int8" and tokens > 32 and tokens % 16):
+            raise ValueError(f"there is no product of {tokens} tokens of {kind}")
         if sums is None:
             nothing = self.word(0) if kind == "int8" else self.real(0.0)
             sums = [[nothing] * (tokens // 2) for _ in a]

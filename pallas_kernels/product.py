@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from pallas_kernels import operands, row_blocks
-from pallas_kernels.machine import Half, Machine, Operand, Word
+from pallas_kernels.machine import Half, Machine, Pointer, Word
 from pallas_kernels.operands import Weights
 
 CHUNK = 128  # inputs that products consist of
@@ -19,9 +19,9 @@ TOKENS: tuple[Tokens, ...] = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 _BYTE_TOKENS: dict[Weights, tuple[Tokens, ...]] = {
     "int4": ("int8", "float8_e4m3fn"), "int8": ("int8",), "float8_e4m3fn": ("float8_e4m3fn",),
 }  # fmt: skip
-_MOST_INPUTS = (
-    2**17
-)  # of integers: 2**17 products of two int8 are the first that may not fit an int32
+# Of integers: 2**17 products of two int8 are the first that may not fit an int32.
+_MOST_INPUTS = 2**17
+MOST_RESULTS = 2**32 - 1  # that a word can count
 
 SHARED_BYTES = 227 * 1024  # of a block on Hopper
 
@@ -65,11 +65,6 @@ class Product:
     def half(self) -> Half:
         """Dtype of 16-bit tensor-core operands: 8-bit floats are multiplied as float16, exactly."""
         return "bfloat16" if self.tokens == "bfloat16" else "float16"
-
-    @property
-    def operand(self) -> Operand:
-        """Dtype of what warpgroup products multiply."""
-        return self.tokens
 
     @property
     def has_half_tokens(self) -> bool:
@@ -124,6 +119,8 @@ def why_not(
         return f"{group_size=} must be {needed}, with {tokens} tokens and {weights} weights"
     if has_zeros and (weights not in ("int4", "int8") or tokens not in halves):
         return f"zeros go with integer weights and 16-bit tokens, these are {weights} and {tokens}"
+    if m * n > MOST_RESULTS:
+        return f"{m} x {n} results are more than {MOST_RESULTS}"
     return None if m and k and n else f"there are no tokens, inputs or outputs: {m=}, {k=}, {n=}"
 
 
@@ -147,3 +144,8 @@ class Arrays:
             return machine.word(0)
         (layer,) = machine.pointer(self.layer, machine.word(0)).load(0, 1)
         return layer * count
+
+    def pointer(self, machine: Machine, array: Any, word: Word, count: int) -> Pointer:
+        """A place in the layer's part of such an array, of so many words: all may be more than 2**32."""
+        pointer = machine.pointer(array, word)
+        return pointer if self.layer is None else pointer.advanced(self.start(machine, 1), count)

@@ -21,6 +21,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Shaped, UInt32
 
 from pallas_kernels import many_tokens, mosaic_machine, numpy_machine, operands, row_blocks
@@ -173,10 +174,12 @@ def quantized_matmul(
     config = config_for(product) if config is None else config
     kernel = kernel_of(config)
     kernel.check(product, config)
+    if layer is not None:  # none beyond the last, as indexing has it
+        layer = jnp.clip(jnp.asarray(layer, jnp.int32).reshape(1), 0, len(codes) - 1)
     given = {
         "x": x, "codes": codes, "scale": scale, "zero": zero, "token_scale": token_scale,
         "bias": bias, "residual": residual,
-        "layer": None if layer is None else jnp.reshape(layer, (1,)).astype(jnp.int32),
+        "layer": layer,
     }  # fmt: skip
     if not product.has_half_tokens:
         # few_tokens multiplies int4 with e4m3 as 16-bit pairs, in the order of bytes.
@@ -231,6 +234,8 @@ def _product(
         raise ValueError(f"{codes.shape=} are no row blocks of {weights}, which end in {tail}")
     if inputs != k:
         raise ValueError(f"{x.shape=} does not fit weights of {inputs} inputs")
+    if layer is not None:
+        _check_layer(layer, codes, scale, zero)
     if str(out) not in OUT:
         raise ValueError(f"out_dtype is {out}, must be one of {', '.join(OUT)}")
     is_half = token_scale is None
@@ -251,16 +256,42 @@ def _product(
     )  # fmt: skip
     if product.has_half_tokens != is_half:
         raise ValueError(f"{tokens} tokens need {'no' if is_half is False else 'a'} token_scale")
-    if not is_half:
+    pairs = [array for array in (scale, zero) if array is not None]
+    if product.has_pairs:
+        _check_pairs(product, pairs, () if layer is None else codes.shape[:1])
+    if token_scale is not None:
         _check_scales(product, scale.dtype, scale_shape, token_scale)
     return product
+
+
+def _check_layer(layer: Any, codes: Array, scale: Array, zero: Array | None) -> None:
+    """Refuses a layer that there is not, where its number is known, and stacks of different lengths."""
+    if not jnp.issubdtype(jnp.result_type(layer), jnp.integer) or jnp.ndim(layer):
+        raise ValueError(f"layer is {layer}, must be an integer")
+    lengths = {len(array) for array in (codes, scale, zero) if array is not None}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"codes, scale and zero are of {sorted(lengths)} layers, must be of as many"
+        )
+    if not isinstance(layer, Tracer) and not 0 <= int(layer) < len(codes):
+        raise ValueError(f"layer={int(layer)} of {len(codes)} layers, counted from 0")
+
+
+def _check_pairs(product: Product, pairs: list[Array], layers: tuple[int, ...]) -> None:
+    """Refuses scales and zeros that should be pairs and are not."""
+    shape = (*layers, product.n // row_blocks.ROWS, product.groups, 8)
+    if product.pair not in ("bfloat16", "float16"):
+        raise ValueError(f"scale_dtype is {product.pair}, must be bfloat16 or float16")
+    for name, array in zip(("scale", "zero"), pairs, strict=False):
+        if array.shape != shape or array.dtype != jnp.uint32:
+            raise ValueError(f"{name} is {array.dtype}{array.shape}, must be pairs: uint32{shape}")
 
 
 def _check_scales(product: Product, dtype: Any, shape: tuple[int, ...], token_scale: Array) -> None:
     """Refuses scales of 8-bit tokens that have another shape or dtype."""
     blocks, of_tokens, dtypes = product.k // BLOCK, {(product.m,), (1,)}, OUT
     if product.has_pairs:
-        of_weights, dtypes = {(product.n // row_blocks.ROWS, blocks, 8)}, ("uint32",)
+        of_weights, dtypes = {shape}, (str(dtype),)  # see _check_pairs
     elif product.has_blocks:
         of_weights, dtypes = {(blocks, -(-product.n // BLOCK))}, ("float32",)
         of_tokens = {(product.m, blocks)}

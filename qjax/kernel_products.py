@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import configs, device
 from pallas_kernels.machine import Half
 from pallas_kernels.operands import Weights
-from pallas_kernels.product import Product
+from pallas_kernels.product import MOST_RESULTS, Product
 from pallas_kernels.quantized_matmul import quantized_matmul
 from qjax import activations, qtensor
 from qjax.qtensor import QTensor
@@ -67,7 +67,10 @@ def why_not(x: Any, w: Any, numbers: Any) -> str | None:
     if w.activations is None and str(x.dtype) != w.layout.tokens:
         return f"activations are {x.dtype}, the scales are {w.layout.tokens}"
     rows = x.size // x.shape[-1] if x.size else 0
-    return None if _takes(rows, w) else f"{rows} rows of activations, it is for 1 to {most_rows(w)}"
+    if _takes(rows, w):
+        return None
+    most = most_rows(w) or MOST_RESULTS // w.shape[-1]
+    return f"{rows} rows of activations, it is for 1 to {most}"
 
 
 def most_rows(w: QTensor) -> int | None:
@@ -86,8 +89,8 @@ def most_rows(w: QTensor) -> int | None:
 
 
 def _takes(rows: int, w: QTensor) -> bool:
-    most = most_rows(w)
-    return rows >= 1 and (most is None or rows <= most)
+    most = most_rows(w) or MOST_RESULTS // w.shape[-1]
+    return 1 <= rows <= most
 
 
 def product(
@@ -116,8 +119,16 @@ def _product(
 
     def batched(size: int, is_batched: Any, x: Any, w: Any):
         if any(jax.tree.leaves(is_batched[1])):
-            one = (lambda pair: batchable(*pair)) if is_batched[0] else (lambda w: batchable(x, w))
-            return jax.lax.map(one, (x, w) if is_batched[0] else w), True
+            leaves, tree = jax.tree.flatten((x, w))
+            where = [i for i, is_mapped in enumerate(jax.tree.leaves(is_batched)) if is_mapped]
+
+            def one(mapped: list[Array]) -> Array:
+                own = dict(zip(where, mapped, strict=True))
+                return batchable(
+                    *jax.tree.unflatten(tree, [own.get(i, leaf) for i, leaf in enumerate(leaves)])
+                )
+
+            return jax.lax.map(one, [leaves[i] for i in where]), True
         rows = x.reshape(-1, x.shape[-1])
         y = batchable(rows, w) if _takes(len(rows), w) else many(rows, w, dtype)
         return y.reshape(*x.shape[:-1], -1), True

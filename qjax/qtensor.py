@@ -264,6 +264,8 @@ class QTensor:
     def replaced(self, **leaves: Any) -> "QTensor":
         """The same with other leaves: codes, scale, zero or layer."""
         present, static = self.tree_flatten_with_keys()
+        if unknown := leaves.keys() - {key.name for key, _ in present}:
+            raise TypeError(f"a QTensor has no leaf {', '.join(sorted(unknown))}")
         return QTensor.tree_unflatten(static, [leaves.get(key.name, leaf) for key, leaf in present])
 
     def __getitem__(self, index: Any) -> "QTensor":

@@ -29,6 +29,9 @@ def scan_layers(
       xs: pytree whose leaves are stacked along their first axis.
       options: as in ``jax.lax.scan``: length, reverse, unroll.
 
+    Raises:
+      ValueError: there is nothing to scan over, or leaves are stacked to different lengths.
+
     Example:
       >>> import qjax
       >>> w = qjax.quantize(jnp.ones((3, 128, 128), jnp.bfloat16), "w4a16-g64", stacked=1)
@@ -38,14 +41,13 @@ def scan_layers(
       (1, 128)
     """
     leaves, tree = jax.tree.flatten(xs, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    sliced = [None if _is_arranged(leaf) else leaf for leaf in leaves]
-    length = jax.tree.leaves(xs)[0].shape[0] if leaves else options["length"]
-    numbers = jnp.arange(length, dtype=jnp.int32)
+    sliced = [None if _is_stack(leaf) else leaf for leaf in leaves]
+    numbers = jnp.arange(_length(leaves, options), dtype=jnp.int32)
 
     def step(carry: Carry, number_and_slices: tuple[jax.Array, list[Any]]) -> tuple[Carry, Any]:
         number, slices = number_and_slices
         own = [
-            leaf.replaced(layer=number) if _is_arranged(leaf) else part
+            leaf.replaced(layer=number) if _is_stack(leaf) else part
             for leaf, part in zip(leaves, slices, strict=True)
         ]
         return f(carry, jax.tree.unflatten(tree, own))
@@ -53,5 +55,21 @@ def scan_layers(
     return jax.lax.scan(step, init, (numbers, sliced), **options)
 
 
-def _is_arranged(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor) and leaf.layout is not None
+def _length(leaves: list[Any], options: dict[str, Any]) -> int:
+    shapes = [jnp.shape(leaf) if not isinstance(leaf, QTensor) else leaf.shape for leaf in leaves]
+    lengths = {shape[0] if shape else 0 for shape in shapes}
+    if options.get("length") is not None:
+        lengths.add(options["length"])
+    if len(lengths) != 1 or () in shapes:
+        raise ValueError(
+            f"leaves must be stacked to one length, their shapes are {shapes}; "
+            f"length={options.get('length')}"
+        )
+    if any(isinstance(leaf, QTensor) and leaf.layout and leaf.ndim < 3 for leaf in leaves):
+        raise ValueError(f"weights must be stacked [layers, k, n], shapes are {shapes}")
+    return lengths.pop()
+
+
+def _is_stack(leaf: Any) -> bool:
+    """Whether a kernel can read a layer of it in its place: of [layers, k, n]; others are sliced."""
+    return isinstance(leaf, QTensor) and leaf.layout is not None and leaf.ndim == 3

@@ -49,7 +49,7 @@ class Fragments:
         """Sums and product i of a step, under way; no sums: the product."""
         place = self.stream.place(step) + i // PRODUCTS * self.stream.stage.tile
         return self.machine.wgmma(
-            self.product.operand, operands, place, i % PRODUCTS, sums, self.config.tokens
+            self.product.tokens, operands, place, i % PRODUCTS, sums, self.config.tokens
         )
 
     @property
@@ -113,9 +113,8 @@ class Fragments:
         tile, step = stream.tile_of(step)
         columns = -(-self.product.n // BLOCK)
         block = stream.row_block(tile, fragment) // (BLOCK // row_blocks.ROWS)
-        layer = stream.arrays.start(machine, self.product.groups * columns)
-        place = (stream.first + step) * columns + block + layer
-        return machine.pointer(stream.arrays.scale, place).load(0, 1)[0]
+        place, words = (stream.first + step) * columns + block, self.product.groups * columns
+        return stream.arrays.pointer(machine, stream.arrays.scale, place, words).load(0, 1)[0]
 
     def operands(
         self, step: Word, i: int, codes: list[Word], scales: list[Word]
@@ -158,9 +157,8 @@ class Fragments:
 
     def _pair_of_all(self, array: Any, tile: Tile, fragment: int) -> Word:
         """What all inputs share, of the two outputs of this lane."""
-        block = self.stream.row_block(tile, fragment) + self.stream.layer
-        place = block * 8 + self.machine.thread % 32 // 4
-        return self.machine.pointer(array, place).load(0, 1)[0]
+        place = self.stream.row_block(tile, fragment) * 8 + self.machine.thread % 32 // 4
+        return self.stream.pointer(array, place, 8).load(0, 1)[0]
 
     def factors(self, step: Word, scales: list[Word]) -> list[list[Real]]:
         """For each fragment what the sums of a step are multiplied with, by group.

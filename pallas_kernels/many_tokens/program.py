@@ -40,6 +40,11 @@ def check(product: Product, config: Config) -> None:
         raise ValueError(
             f"{config.tokens=} must be a multiple of 8 x {config.slices=}, and at most 256"
         )
+    if product.is_whole and config.tokens > 32 and config.tokens % 16:
+        raise ValueError(f"{config.tokens=} of int8 must be a multiple of 16 beyond 32")
+    inputs, group = inputs * config.span, product.group_size
+    if group is not None and inputs % group and group % inputs:
+        raise ValueError(f"{config.span=}: steps of {inputs} inputs straddle groups of {group}")
     if product.has_group_sums and (config.span > 1 or config.tokens > _MOST_GROUP_SUMS):
         raise ValueError(
             f"{config.span=} and {config.tokens=} must be 1 and at most {_MOST_GROUP_SUMS} "

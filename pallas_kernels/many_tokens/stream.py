@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels import row_blocks
-from pallas_kernels.machine import Machine, Word
+from pallas_kernels.machine import Machine, Pointer, Word
 from pallas_kernels.many_tokens import tiling
 from pallas_kernels.many_tokens.tiling import Config, Shared, Stage, Tile, Tiles
 from pallas_kernels.product import Arrays, Product
@@ -31,7 +31,6 @@ class Stream:
     start: Word  # of its stages
     full: Word  # arrivals of its stages, two words each: copied
     free: Word  # likewise: done with
-    layer: Word  # row block where the layer begins
     own: list[Word]  # row block of each fragment of this warp, of those of a tile
     leads: Word  # whether this warp copies the tokens
 
@@ -58,7 +57,6 @@ class Stream:
             start=piece * (config.stages * shared.stage.size),
             full=full,
             free=full + 2 * stages,
-            layer=arrays.start(machine, product.n // row_blocks.ROWS),
             own=[(row * config.fragments + f) * 4 + warp for f in range(config.fragments)],
             leads=(row < 1) & (warp < 1),
         )
@@ -113,7 +111,7 @@ class Stream:
 
         def copy_weights() -> None:
             for fragment in range(self.config.fragments):
-                block = self.row_block(tile, fragment) + self.layer
+                block = self.row_block(tile, fragment)
                 self._copy_weights(block, fragment, step, place, full)
 
         machine.one_thread(exists & self.leads, copy_tokens)
@@ -135,12 +133,18 @@ class Stream:
     ) -> None:
         machine, product, stage = self.machine, self.product, self.stage
         words = product.k // row_blocks.COLUMNS * stage.block  # of a row block
-        source = machine.pointer(self.arrays.codes, block * words + step * stage.row)
+        source = self.pointer(self.arrays.codes, block * words + step * stage.row, words)
         machine.copy_words(place + self.codes_place(fragment), source, stage.row, full)
         if stage.groups:
             pairs = (block * product.groups + self.group(step)) * 8
             for array, here in zip(self._pairs, self.pair_places(fragment), strict=True):
-                machine.copy_words(place + here, machine.pointer(array, pairs), stage.pairs, full)
+                source = self.pointer(array, pairs, product.groups * 8)
+                machine.copy_words(place + here, source, stage.pairs, full)
+
+    def pointer(self, array: Any, word: Word, each: int) -> Pointer:
+        """A place in the layer's part of an array that has so many words for a row block."""
+        rows = self.product.n // row_blocks.ROWS
+        return self.arrays.pointer(self.machine, array, word, rows * each)
 
     @property
     def _pairs(self) -> list[Any]:

@@ -19,7 +19,7 @@ E4M3 = "float8_e4m3fn"
 CASES = {
     "plain": (40, 256, 64, Config(rows=1, tokens=64)),
     "one token, two fragments": (1, 256, 144, Config(rows=1, fragments=2, tokens=8, stages=3)),
-    "two rows, two blocks of tokens": (70, 256, 272, Config(rows=2, tokens=40)),
+    "two rows, two blocks of tokens": (70, 256, 272, Config(rows=2, tokens=48)),
     "slices and a span": (9, 512, 80, Config(rows=1, slices=2, tokens=32, span=2, stages=3)),
     "all at once": (33, 512, 272, Config(rows=2, slices=2, fragments=2, tokens=32, stages=3)),
 }
@@ -191,6 +191,8 @@ SUMS = {"weights": E4M3, "tokens": E4M3, "group_size": 128}
         ({}, {"tokens": 264}, "config.tokens=264 must be a multiple of 8 x config.slices=1, and at most 256"),
         ({}, {"rows": 5, "fragments": 2}, "640 outputs of a tile are more than 512"),
         ({}, {"slices": 2, "resident": 9}, "config.slices=2 must be 1 where config.resident=9 blocks"),
+        ({"tokens": "int8"}, {"tokens": 40}, "config.tokens=40 of int8 must be a multiple of 16 beyond 32"),
+        ({"k": 384, "group_size": 128}, {"span": 3}, "steps of 192 inputs straddle groups of 128"),
         (SUMS, {"tokens": 136}, "config.tokens=136 must be 1 and at most 128 where the sums of groups"),
         (SUMS, {"span": 2}, "config.span=2 and config.tokens=128 must be 1 and at most 128"),
         ({}, {"rows": 3, "slices": 4}, "config.rows=3 x config.slices=4 warpgroups are more than 1024"),

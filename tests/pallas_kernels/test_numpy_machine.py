@@ -378,7 +378,26 @@ def test_copies_out_are_waited_for(two_warpgroups):
     with pytest.raises(ValueError, match="a copy out may still be reading"):
         rows_of_results(machine)
     machine.wait_for_copies_out()
+    with pytest.raises(ValueError, match="a copy out may still be reading"):
+        rows_of_results(machine)  # who began the copy has waited; the others may not know yet
+    machine.warpgroup_barrier()
     rows_of_results(machine)
+
+
+def test_products_that_there_are_not(machine):
+    ones = [[machine.word(0x01010101)] * 4]
+    with pytest.raises(ValueError, match="no product of 40 tokens of int8"):
+        machine.wgmma("int8", ones, machine.word(0), 0, None, 40)
+    with pytest.raises(ValueError, match="no product of 20 tokens of float16"):
+        machine.wgmma("float16", ones, machine.word(0), 0, None, 20)
+
+
+def test_pointers_go_further_than_a_word_counts(machine):
+    """Not one array of more than 2**32 words, but a place that would come round to it again."""
+    pointer = machine.pointer(np.arange(64, dtype=np.uint32), machine.thread)
+    assert pointer.advanced(machine.word(2), each=16).load(0, 1)[0].tolist() == list(range(32, 64))
+    with pytest.raises(IndexError):
+        pointer.advanced(machine.word(2**16), each=2**16).load(0, 1)
 
 
 def test_a_warpgroup_sees_its_own_words_and_no_others(two_warpgroups):

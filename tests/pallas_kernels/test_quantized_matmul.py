@@ -43,6 +43,7 @@ def test_codes_round_trip(rng, weights):
         ((2, 256, 24), {}, "n=24 must be divisible by 16"),
         ((0, 256, 32), {}, "there are no tokens, inputs or outputs: m=0, k=256, n=32"),
         ((1, 256, 0), {}, "n=0"),
+        ((2**20, 256, 4096), {}, "1048576 x 4096 results are more than 4294967295"),
         ((1, 256, 32), {"group_size": 16}, "group_size=16 must be one of (32, 64, 128)"),
         ((1, 256, 32), {"tokens": "float32"}, "tokens are float32, must be bfloat16 or float16"),
         ((1, 256, 32), {"tokens": "int4"}, "or int8 or float8_e4m3fn for int4 weights"),
@@ -95,6 +96,16 @@ def test_arguments_that_do_not_go_together(rng, half_tokens, byte_tokens):
     refused(r"bias is bfloat16\(16,\), must be floats of \(32,\)", *o.args, bias=x[0, :16])
     refused("out_dtype is int8", *o.args, out_dtype=jnp.int8)
     refused("bfloat16 tokens need no token_scale", x, codes, scale[0, 0], token_scale=jnp.ones(2))
+    plain = jnp.ones((2, 32), jnp.bfloat16)
+    refused(r"scale is bfloat16\(2, 32\), must be pairs: uint32\(2, 2, 8\)", x, codes, plain)
+    refused(r"scale is bfloat16\(32,\), must be pairs", x, codes, plain[0])
+    refused(r"scale is uint32\(1, 2, 8\), must be pairs", x, codes, scale[:1])
+    refused(r"zero is uint32\(1, 2, 8\), must be pairs", x, codes, scale, scale[:1])
+    stacked = codes[None], scale[None]
+    refused("layer=1 of 1 layers, counted from 0", x, *stacked, layer=jnp.int32(1))
+    refused("layer=-1 of 1 layers", x, *stacked, layer=jnp.int32(-1))
+    uneven = codes[None], jnp.stack([scale, scale])
+    refused(r"are of \[1, 2\] layers, must be of as many", x, *uneven, layer=jnp.int32(0))
     e = byte_tokens(rng, 2, 256, 32, weights="int8")
     x, codes, scale = e.args
     refused(r"scale is float32\(31,\), must be", x, codes, scale[:31], **e.options)
@@ -106,7 +117,7 @@ def test_arguments_that_do_not_go_together(rng, half_tokens, byte_tokens):
     o = byte_tokens(rng, 2, 256, 32, weights="int4", tokens=E4M3, group=128)
     x, codes, _ = o.args
     refused("scale is bfloat16", x, codes, pairs.astype(jnp.bfloat16), **o.options)
-    refused(r"scale is uint32\(1, 2, 8\), must be \(2, 2, 8\)", x, codes, pairs[:1], **o.options)
+    refused(r"scale is uint32\(1, 2, 8\), must be pairs", x, codes, pairs[:1], **o.options)
 
 
 @pytest.mark.parametrize("kernel", [few_tokens, many_tokens], ids=["few", "many"])

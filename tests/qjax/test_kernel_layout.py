@@ -269,6 +269,57 @@ def test_kernels_under_shard_map(hopper, rng, m):
     assert ((m, 256), "bfloat16") in hopper
 
 
+def test_a_scan_of_what_does_not_fit_together(hopper, weight):
+    def arranged(layers):
+        return qtensor.for_kernel(
+            qjax.quantize(jnp.stack([weight] * layers), "w4a16-g64", stacked=1)
+        )
+
+    def refused(message, xs, **options):
+        with pytest.raises(ValueError, match=message):
+            qjax.scan_layers(lambda c, _: (c, None), 0, xs, **options)
+
+    refused("leaves must be stacked to one length", (arranged(2), jnp.ones(3)))
+    refused("leaves must be stacked to one length", (jnp.ones(3), arranged(2)))
+    refused("length=3", arranged(2), length=3)
+    refused("leaves must be stacked to one length, their shapes are", None)
+    refused("leaves must be stacked to one length", (1.0, arranged(2)))
+    single = qtensor.for_kernel(qjax.quantize(weight, "w4a16-g64"))
+    refused(r"weights must be stacked \[layers, k, n\]", single)
+
+
+def test_experts_in_stacked_layers_are_sliced(hopper, rng):
+    experts = jnp.asarray(rng.standard_normal((2, 3, 128, 128)) / 8, jnp.bfloat16)
+    q = qjax.quantize(experts, "w4a16-g64", stacked=2)
+    x = jnp.ones((3, 1, 128), jnp.bfloat16)
+
+    def layer(x, w):
+        return jax.vmap(qjax.matmul)(x, w), None
+
+    ours, _ = qjax.scan_layers(layer, x, qtensor.for_kernel(q))
+    plain, _ = jax.lax.scan(layer, x, q)
+    np.testing.assert_allclose(ours, plain, rtol=0.02, atol=0.1)
+
+
+def test_vmap_over_some_of_what_a_view_has(hopper, weight):
+    q = qjax.quantize(jnp.stack([weight, weight * 2, weight * 3]), "w4a16-g64", stacked=1)
+    arranged, x = qjax.prepare(q), jnp.ones((2, 256), jnp.bfloat16)
+    expected = [qjax.matmul(x, arranged.replaced(layer=jnp.int32(i))) for i in range(3)]
+
+    def of_layer(layer):
+        return qjax.matmul(x, arranged.replaced(layer=layer))
+
+    np.testing.assert_array_equal(jax.vmap(of_layer)(jnp.arange(3)), jnp.stack(expected))
+    ensemble = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), arranged)
+    y = jax.vmap(lambda w: qjax.matmul(x, w.replaced(layer=jnp.int32(1))))(ensemble)
+    np.testing.assert_array_equal(y, jnp.stack([expected[1]] * 2))
+
+
+def test_a_leaf_that_there_is_not(weight):
+    with pytest.raises(TypeError, match="a QTensor has no leaf layers"):
+        qjax.quantize(weight, "w4a16-g64").replaced(layers=0)
+
+
 def test_a_view_of_a_layer_is_that_layer(hopper, weight):
     q = qjax.quantize(jnp.stack([weight, weight * 2]), "w4a16-g64-asym", stacked=1)
     view = qjax.prepare(q).replaced(layer=jnp.int32(1))
