@@ -197,7 +197,7 @@ class _Reader:
         def token(index: Word) -> Word:
             return machine.minimum(index, product.m - 1)
 
-        row_words = chunks * (32 * _code_words(product))
+        chunk_words = 32 * _code_words(product)
         row_count = product.n // row_blocks.ROWS
 
         def scales(r: Word) -> list[Pointer]:
@@ -218,10 +218,8 @@ class _Reader:
                 arrays.pointer(
                     machine,
                     arrays.codes,
-                    r * row_words
-                    + chunk * (32 * _code_words(product))
-                    + row_blocks.place_of(lane) * 4,
-                    row_count * row_words,
+                    (r * chunks + chunk) * chunk_words + row_blocks.place_of(lane) * 4,
+                    row_count * chunks * chunk_words,
                 )
                 for r in rows
             ],
