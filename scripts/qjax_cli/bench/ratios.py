@@ -53,10 +53,11 @@ def is_same_kind(device: str, peers: Peers) -> bool:
     """Whether a device is of the kind that the peers ran on.
 
     >>> from qjax_cli.bench import peers
-    >>> is_same_kind("NVIDIA H200", peers.load()), is_same_kind("NVIDIA H100 80GB HBM3", peers.load())
-    (True, False)
+    >>> names = "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"
+    >>> [is_same_kind(name, peers.load()) for name in names]
+    [True, False, False]
     """
-    return peers.device.split()[-1] in device
+    return peers.device.split()[-1] in device.split()
 
 
 def _x_peer(
