@@ -64,6 +64,7 @@ def finished(
     total: Sum,
     m: Word,
     n: Word,
+    *,
     token_scale: Real | None,
     output: OfOutput,
 ) -> Real:

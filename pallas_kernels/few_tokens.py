@@ -466,5 +466,7 @@ def _add_slices(
         inside = inside & (m < product.m) & (n < product.n)
         (token_scale,) = epilogue.of_tokens(machine, product, arrays, m, [0])
         output = epilogue.of_output(machine, product, arrays, n)
-        result = epilogue.finished(machine, product, arrays, total, m, n, token_scale, output)
+        result = epilogue.finished(
+            machine, product, arrays, total, m, n, token_scale=token_scale, output=output
+        )
         machine.store(arrays.out, m * product.n + n, result, inside)

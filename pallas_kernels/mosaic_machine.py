@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Emits a kernel of :mod:`pallas_kernels.machine` into a Mosaic GPU kernel, and launches it.
 
-The only file that imports Mosaic's internals (``inline_mgpu`` and MLIR): their names move between
-releases of JAX.
+With :mod:`pallas_kernels.ptx` the only file that imports Mosaic's internals (``inline_mgpu`` and MLIR):
+their names move between releases of JAX.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
+from pallas_kernels import ptx
 from pallas_kernels.machine import Half, Operand
-
-_PTX_HALF = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def launch(
@@ -64,30 +63,14 @@ def launch(
     return kernel(*operands)
 
 
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _i64() -> ir.Type:
-    return ir.IntegerType.get_signless(64)
-
-
-def _f32() -> ir.Type:
-    return ir.F32Type.get()
-
-
 def _index(word: "MosaicWord") -> ir.Value:
     return arith.index_castui(ir.IndexType.get(), word.value)
 
 
 def _integer(value: int, type_: ir.Type) -> ir.Value:
     # MLIR takes the attribute's value as signed.
-    signed = value - 2**32 if type_ == _i32() and value >= 2**31 else value
+    signed = value - 2**32 if type_ == ptx.i32() and value >= 2**31 else value
     return arith.constant(type_, ir.IntegerAttr.get(type_, signed))
-
-
-def _asm(result: ir.Type, operands: Sequence[ir.Value], text: str, constraints: str) -> Any:
-    return llvm.inline_asm(result, list(operands), text, constraints, has_side_effects=False)
 
 
 class MosaicWord:
@@ -143,7 +126,7 @@ class MosaicWord:
 
 
 def _value(word: "MosaicWord | int") -> ir.Value:
-    return word.value if isinstance(word, MosaicWord) else _integer(word, _i32())
+    return word.value if isinstance(word, MosaicWord) else _integer(word, ptx.i32())
 
 
 class MosaicPointer:
@@ -161,20 +144,20 @@ class MosaicPointer:
             vector, names = "", "$0"
         text = f"ld.global.nc{cache}{vector}.b32 {names}, [${count}+{4 * offset}];"
         outs = ",".join(["=r"] * count)
-        result = _i32() if count == 1 else llvm.StructType.get_literal([_i32()] * count)
-        loaded = _asm(result, [self.address], text, f"{outs},l")
+        result = ptx.i32() if count == 1 else llvm.StructType.get_literal([ptx.i32()] * count)
+        loaded = ptx.pure(result, [self.address], text, f"{outs},l")
         if count == 1:
             return [MosaicWord(loaded)]
-        return [MosaicWord(llvm.extractvalue(_i32(), loaded, [i])) for i in range(count)]
+        return [MosaicWord(llvm.extractvalue(ptx.i32(), loaded, [i])) for i in range(count)]
 
     def load_where(self, offset: int, where: MosaicWord) -> MosaicWord:
         """One predicated load."""
-        condition = arith.extui(_i32(), where.value)
+        condition = arith.extui(ptx.i32(), where.value)
         text = (
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; "
             f"@p ld.global.nc.b32 $0, [$1+{4 * offset}]; }}"
         )
-        return MosaicWord(_asm(_i32(), [self.address, condition], text, "=&r,l,r"))
+        return MosaicWord(ptx.pure(ptx.i32(), [self.address, condition], text, "=&r,l,r"))
 
     def advanced(self, count: MosaicWord | int, each: int = 1) -> "MosaicPointer":
         """Further on, in 64 bits."""
@@ -183,12 +166,12 @@ class MosaicPointer:
 
 def _bytes(index: MosaicWord | int, size: int) -> ir.Value:
     """An index as a 64-bit count of bytes."""
-    wide = arith.extui(_i64(), _value(index))
-    return arith.muli(wide, _integer(size, _i64()))
+    wide = arith.extui(ptx.i64(), _value(index))
+    return arith.muli(wide, _integer(size, ptx.i64()))
 
 
 def _address(array: ir.Value) -> ir.Value:
-    return llvm.ptrtoint(_i64(), utils.memref_ptr(array))
+    return llvm.ptrtoint(ptx.i64(), utils.memref_ptr(array))
 
 
 class MosaicMachine:
@@ -205,9 +188,9 @@ class MosaicMachine:
         """
         self._context = context
         self._shared = utils.memref_ptr(shared)
-        self.thread = MosaicWord(arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x)))
+        self.thread = MosaicWord(arith.index_cast(ptx.i32(), gpu.thread_id(gpu.Dimension.x)))
         self.warp = MosaicWord(utils.warp_idx(sync=True))
-        block = MosaicWord(arith.index_cast(_i32(), gpu.block_id(gpu.Dimension.x)))
+        block = MosaicWord(arith.index_cast(ptx.i32(), gpu.block_id(gpu.Dimension.x)))
         self.block = (block // grid[1], block % grid[1])
 
     def pointer(self, array: ir.Value, word: MosaicWord) -> MosaicPointer:
@@ -217,27 +200,27 @@ class MosaicMachine:
     def store(self, array: ir.Value, index: MosaicWord, value: ir.Value, where: MosaicWord) -> None:
         """One store in a branch: a predicate would need registers that the assembler does not have."""
         dtype = ir.MemRefType(array.type).element_type
-        address = arith.addi(_address(array), _bytes(index, 4 if dtype == _f32() else 2))
+        address = arith.addi(_address(array), _bytes(index, 4 if dtype == ptx.f32() else 2))
         branch = scf.IfOp(where.value)
         with ir.InsertionPoint(branch.then_block):
-            rounded = value if dtype == _f32() else arith.truncf(dtype, value)
+            rounded = value if dtype == ptx.f32() else arith.truncf(dtype, value)
             llvm.store(rounded, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
             scf.yield_([])
 
     def real_at(self, array: ir.Value, index: MosaicWord) -> ir.Value:
         """One load, and what makes a float32 of it."""
         dtype = ir.MemRefType(array.type).element_type
-        size = 4 if dtype == _f32() else 2
+        size = 4 if dtype == ptx.f32() else 2
         address = arith.addi(_address(array), _bytes(index, size))
         value = llvm.load(dtype, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
-        return value if dtype == _f32() else arith.extf(_f32(), value)
+        return value if dtype == ptx.f32() else arith.extf(ptx.f32(), value)
 
     def _shared_place(self, index: MosaicWord, offset: int = 0) -> ir.Value:
         """A constant offset becomes a part of the instruction."""
         dynamic = -(2**31)  # MLIR's mark for an index that is a value
         none, type_ = llvm.GEPNoWrapFlags.none, self._shared.type
-        place = llvm.getelementptr(type_, self._shared, [index.value], [dynamic], _i32(), none)
-        return llvm.getelementptr(type_, place, [], [offset], _i32(), none) if offset else place
+        place = llvm.getelementptr(type_, self._shared, [index.value], [dynamic], ptx.i32(), none)
+        return llvm.getelementptr(type_, place, [], [offset], ptx.i32(), none) if offset else place
 
     def shared_store(self, index: MosaicWord, value: MosaicWord, offset: int = 0) -> None:
         """One store."""
@@ -245,27 +228,27 @@ class MosaicMachine:
 
     def shared_load(self, index: MosaicWord, offset: int = 0) -> MosaicWord:
         """One load."""
-        return MosaicWord(llvm.load(_i32(), self._shared_place(index, offset)))
+        return MosaicWord(llvm.load(ptx.i32(), self._shared_place(index, offset)))
 
     def shared_load_row(self, index: MosaicWord, count: int, offset: int = 0) -> list[MosaicWord]:
         """One vector load."""
-        row_type = ir.VectorType.get((count,), _i32())
+        row_type = ir.VectorType.get((count,), ptx.i32())
         row = llvm.load(row_type, self._shared_place(index, offset), alignment=4 * count)
-        return [MosaicWord(llvm.extractelement(row, _integer(i, _i32()))) for i in range(count)]
+        return [MosaicWord(llvm.extractelement(row, _integer(i, ptx.i32()))) for i in range(count)]
 
     def _shared_address(self, index: MosaicWord) -> ir.Value:
         """As the 32-bit address of PTX's `shared` window."""
-        return llvm.ptrtoint(_i32(), self._shared_place(index))
+        return llvm.ptrtoint(ptx.i32(), self._shared_place(index))
 
     def shared_load_matrices(self, index: MosaicWord) -> list[MosaicWord]:
         """One instruction."""
         text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
-        result = llvm.StructType.get_literal([_i32()] * 4)
+        result = llvm.StructType.get_literal([ptx.i32()] * 4)
         address = self._shared_address(index)
         out: Any = llvm.inline_asm(
             result, [address], text, "=r,=r,=r,=r,r,~{memory}", has_side_effects=True
         )
-        return [MosaicWord(llvm.extractvalue(_i32(), out, [i])) for i in range(4)]
+        return [MosaicWord(llvm.extractvalue(ptx.i32(), out, [i])) for i in range(4)]
 
     def shared_store_matrices(self, index: MosaicWord, words: Sequence[MosaicWord]) -> None:
         """One instruction."""
@@ -273,7 +256,7 @@ class MosaicMachine:
         names = ",".join(f"${i + 1}" for i in range(count))
         text = f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 [$0], {{{names}}};"
         operands = [self._shared_address(index), *(word.value for word in words)]
-        _order(text, operands, ",".join("r" * (count + 1)) + ",~{memory}")
+        ptx.ordered(text, operands, ",".join("r" * (count + 1)) + ",~{memory}")
 
     def start_arrivals(self, place: MosaicWord, count: int, threads: int) -> None:
         """Barriers in shared memory."""
@@ -281,8 +264,8 @@ class MosaicMachine:
         for i in range(count):
             address = self._shared_address(place + 2 * i)
             _order_where(first, f"mbarrier.init.shared::cta.b64 [$0], {threads};", [address], "r")
-        _order("fence.mbarrier_init.release.cluster;", [], "~{memory}")
-        _order("fence.proxy.async.shared::cta;", [], "~{memory}")
+        ptx.ordered("fence.mbarrier_init.release.cluster;", [], "~{memory}")
+        ptx.ordered("fence.proxy.async.shared::cta;", [], "~{memory}")
 
     def one_thread(self, where: MosaicWord, body: Callable[[], None]) -> None:
         """A branch that all operands of copies are uniform in: as the assembler wants it."""
@@ -295,12 +278,12 @@ class MosaicMachine:
     def arrive(self, arrival: MosaicWord) -> None:
         """One instruction."""
         address = self._shared_address(arrival)
-        _order("mbarrier.arrive.shared::cta.b64 _, [$0];", [address], "r,~{memory}")
+        ptx.ordered("mbarrier.arrive.shared::cta.b64 _, [$0];", [address], "r,~{memory}")
 
     def expect(self, arrival: MosaicWord, nbytes: int) -> None:
         """One instruction."""
         text = f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {nbytes};"
-        _order(text, [self._shared_address(arrival)], "r,~{memory}")
+        ptx.ordered(text, [self._shared_address(arrival)], "r,~{memory}")
 
     def copy_words(
         self, place: MosaicWord, source: MosaicPointer, count: int, arrival: MosaicWord
@@ -311,7 +294,7 @@ class MosaicMachine:
             f"[$0], [$1], {4 * count}, [$2];"
         )
         operands = [self._shared_address(place), source.address, self._shared_address(arrival)]
-        _order(text, operands, "r,l,r,~{memory}")
+        ptx.ordered(text, operands, "r,l,r,~{memory}")
 
     def copy_tokens(
         self,
@@ -352,7 +335,7 @@ class MosaicMachine:
 
     def wait_for_copies_out(self) -> None:
         """One instruction, for all threads: most have begun none."""
-        _order("cp.async.bulk.wait_group.read 0;", [], "~{memory}")
+        ptx.ordered("cp.async.bulk.wait_group.read 0;", [], "~{memory}")
 
     def _tile(self, place: MosaicWord, array: ir.Value, tokens: int) -> ir.Value:
         """128 bytes of so many tokens in shared memory."""
@@ -372,7 +355,7 @@ class MosaicMachine:
         )
 
     def _arrival(self, arrival: MosaicWord) -> utils.BarrierRef:
-        zero = _integer(0, _i32())
+        zero = _integer(0, ptx.i32())
         return utils.BarrierRef(self._shared_place(arrival), zero, zero, 1)
 
     def wait_for(self, arrival: MosaicWord, turn: MosaicWord) -> None:
@@ -386,17 +369,17 @@ class MosaicMachine:
 
     def warpgroup_barrier(self) -> None:
         """Named barriers 1, 2 and so on; 0 is that of all threads."""
-        _order("fence.proxy.async.shared::cta;", [], "~{memory}")
+        ptx.ordered("fence.proxy.async.shared::cta;", [], "~{memory}")
         own = self.warp // 4 + 1
-        _order("bar.sync $0, 128;", [own.value], "r,~{memory}")
+        ptx.ordered("bar.sync $0, 128;", [own.value], "r,~{memory}")
 
     def word(self, value: int) -> MosaicWord:
         """A constant."""
-        return MosaicWord(_integer(value, _i32()))
+        return MosaicWord(_integer(value, ptx.i32()))
 
     def real(self, value: float) -> ir.Value:
         """A constant."""
-        return arith.constant(_f32(), ir.FloatAttr.get(_f32(), value))
+        return arith.constant(ptx.f32(), ir.FloatAttr.get(ptx.f32(), value))
 
     def minimum(self, a: MosaicWord, b: MosaicWord | int) -> MosaicWord:
         """The lesser."""
@@ -411,14 +394,14 @@ class MosaicMachine:
         raw = [_raw(value) for value in carry]
         op = scf.ForOp(start, arith.index_cast(index, count.value), step, raw)
         with ir.InsertionPoint(op.body):
-            i = MosaicWord(arith.index_cast(_i32(), op.induction_variable))
+            i = MosaicWord(arith.index_cast(ptx.i32(), op.induction_variable))
             new = body(i, [_wrapped(value) for value in op.inner_iter_args])
             scf.yield_([_raw(value) for value in new])
         return [_wrapped(value) for value in op.results]
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """Rounded once."""
-        return _asm(_f32(), [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")
+        return ptx.pure(ptx.f32(), [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")
 
     def plus(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """The sum."""
@@ -430,69 +413,69 @@ class MosaicMachine:
 
     def as_word(self, value: ir.Value) -> MosaicWord:
         """No instruction."""
-        return MosaicWord(arith.bitcast(_i32(), value))
+        return MosaicWord(arith.bitcast(ptx.i32(), value))
 
     def as_real(self, bits: MosaicWord) -> ir.Value:
         """No instruction."""
-        return arith.bitcast(_f32(), bits.value)
+        return arith.bitcast(ptx.f32(), bits.value)
 
     def rounded(self, integer: MosaicWord) -> ir.Value:
         """One conversion."""
-        return arith.sitofp(_f32(), integer.value)
+        return arith.sitofp(ptx.f32(), integer.value)
 
     def half_pair(self, half: Half, low: ir.Value, high: ir.Value) -> MosaicWord:
         """One instruction."""
-        text = f"cvt.rn.{_PTX_HALF[half]}x2.f32 $0, $1, $2;"
-        return MosaicWord(_asm(_i32(), [high, low], text, "=r,f,f"))
+        text = f"cvt.rn.{ptx.HALF[half]}x2.f32 $0, $1, $2;"
+        return MosaicWord(ptx.pure(ptx.i32(), [high, low], text, "=r,f,f"))
 
     def half_pair_minus(self, half: Half, a: MosaicWord, b: MosaicWord) -> MosaicWord:
         """One instruction for the pair."""
-        text = f"sub.rn.{_PTX_HALF[half]}x2 $0, $1, $2;"
-        return MosaicWord(_asm(_i32(), [a.value, b.value], text, "=r,r,r"))
+        text = f"sub.rn.{ptx.HALF[half]}x2 $0, $1, $2;"
+        return MosaicWord(ptx.pure(ptx.i32(), [a.value, b.value], text, "=r,r,r"))
 
     def half_pair_times(self, half: Half, a: MosaicWord, b: MosaicWord) -> MosaicWord:
         """One instruction for the pair."""
-        text = f"mul.rn.{_PTX_HALF[half]}x2 $0, $1, $2;"
-        return MosaicWord(_asm(_i32(), [a.value, b.value], text, "=r,r,r"))
+        text = f"mul.rn.{ptx.HALF[half]}x2 $0, $1, $2;"
+        return MosaicWord(ptx.pure(ptx.i32(), [a.value, b.value], text, "=r,r,r"))
 
     def bytes_of(self, a: MosaicWord, b: MosaicWord, places: int) -> MosaicWord:
         """A permutation of bytes."""
         text = f"prmt.b32 $0, $1, $2, {places:#06x};"
-        return MosaicWord(_asm(_i32(), [a.value, b.value], text, "=r,r,r"))
+        return MosaicWord(ptx.pure(ptx.i32(), [a.value, b.value], text, "=r,r,r"))
 
     def lifted(self, word: MosaicWord, mask: int, unit: MosaicWord) -> MosaicWord:
         """Asked for as such: the assembler would make two, with a constant in each."""
         text = f"lop3.b32 $0, $1, {mask:#x}, $2, 0x6a;"
-        return MosaicWord(_asm(_i32(), [word.value, unit.value], text, "=r,r,r"))
+        return MosaicWord(ptx.pure(ptx.i32(), [word.value, unit.value], text, "=r,r,r"))
 
     def e4m3_as_half(self, word: MosaicWord, which: str) -> MosaicWord:
         """One conversion."""
         names = "{lo, hi}"
         text = f"{{ .reg .b16 lo, hi; mov.b32 {names}, $1; cvt.rn.f16x2.e4m3x2 $0, {which[:2]}; }}"
-        return MosaicWord(_asm(_i32(), [word.value], text, "=r,r"))
+        return MosaicWord(ptx.pure(ptx.i32(), [word.value], text, "=r,r"))
 
     def half_as_real(self, half: Half, pair: MosaicWord, which: str) -> ir.Value:
         """A shift for bfloat16, a conversion for float16."""
         if half == "bfloat16":
             bits = pair << 16 if which == "low" else pair & 0xFFFF0000
-            return arith.bitcast(_f32(), bits.value)
+            return arith.bitcast(ptx.f32(), bits.value)
         names = "{lo, hi}"
         text = f"{{ .reg .b16 lo, hi; mov.b32 {names}, $1; cvt.f32.f16 $0, {which[:2]}; }}"
-        return _asm(_f32(), [pair.value], text, "=f,r")
+        return ptx.pure(ptx.f32(), [pair.value], text, "=f,r")
 
     def mma(
         self, half: Half, a: Sequence[MosaicWord], b: Sequence[MosaicWord], c: Sequence[ir.Value]
     ) -> list[ir.Value]:
         """One tensor-core instruction."""
-        kind = _PTX_HALF[half]
+        kind = ptx.HALF[half]
         text = (
             f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
         )
         operands = [*(w.value for w in a), *(w.value for w in b), *c]
-        result = llvm.StructType.get_literal([_f32()] * 4)
-        out = _asm(result, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
-        return [llvm.extractvalue(_f32(), out, [i]) for i in range(4)]
+        result = llvm.StructType.get_literal([ptx.f32()] * 4)
+        out = ptx.pure(result, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
+        return [llvm.extractvalue(ptx.f32(), out, [i]) for i in range(4)]
 
     def mma_int8(
         self, a: Sequence[MosaicWord], b: Sequence[MosaicWord], c: Sequence[MosaicWord]
@@ -502,10 +485,10 @@ class MosaicMachine:
             "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
         )
-        result = llvm.StructType.get_literal([_i32()] * 4)
+        result = llvm.StructType.get_literal([ptx.i32()] * 4)
         operands = [word.value for word in (*a, *b, *c)]
-        out = _asm(result, operands, text, ",".join(["=r"] * 4 + ["r"] * 10))
-        return [MosaicWord(llvm.extractvalue(_i32(), out, [i])) for i in range(4)]
+        out = ptx.pure(result, operands, text, ",".join(["=r"] * 4 + ["r"] * 10))
+        return [MosaicWord(llvm.extractvalue(ptx.i32(), out, [i])) for i in range(4)]
 
     def wgmma(
         self,
@@ -519,83 +502,40 @@ class MosaicMachine:
         """One instruction for each i, and the commit of them together."""
         # Registers of A and C must be written before the fence; what LLVM takes for pure it could move.
         flat = [_raw(v) for values in (*a, *(sums or ())) for v in values]
-        flat = _pinned("wgmma.fence.sync.aligned;", flat)
+        flat = ptx.pinned("wgmma.fence.sync.aligned;", flat)
         a_flat, c_flat, count = flat[: 4 * len(a)], flat[4 * len(a) :], tokens // 2
         descriptor = self._descriptor(tile, step)
         results = [
-            _wgmma(kind, a_flat[4 * i :][:4], descriptor, c_flat[count * i :][:count], tokens)
+            ptx.wgmma(kind, a_flat[4 * i :][:4], descriptor, c_flat[count * i :][:count], tokens)
             for i in range(len(a))
         ]
-        _order("wgmma.commit_group.sync.aligned;", [], "")
+        ptx.ordered("wgmma.commit_group.sync.aligned;", [], "")
         return [[_wrapped(value) for value in values] for values in results]
 
     def _descriptor(self, tile: MosaicWord, step: int) -> ir.Value:
         """Of a K-major tile whose rows are 128 bytes, swizzled: 8 rows are 1024 bytes apart."""
         sixteens = (MosaicWord(self._shared_address(tile)) & 0x3FFFF) >> 4
-        start = arith.extui(_i64(), (sixteens + 2 * step).value)
+        start = arith.extui(ptx.i64(), (sixteens + 2 * step).value)
         fixed = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
-        return arith.ori(start, _integer(fixed, _i64()))
+        return arith.ori(start, _integer(fixed, ptx.i64()))
 
     def wait(self, pending: int, sums: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """What is returned passes through the instruction, so that no use of it comes before."""
         flat = [_raw(value) for values in sums for value in values]
-        flat = _pinned(f"wgmma.wait_group.sync.aligned {pending};", flat)
+        flat = ptx.pinned(f"wgmma.wait_group.sync.aligned {pending};", flat)
         count = len(sums[0])
         return [
             [_wrapped(value) for value in flat[i : i + count]] for i in range(0, len(flat), count)
         ]
 
 
-def _order(text: str, operands: Sequence[ir.Value], constraints: str) -> None:
-    """An instruction that keeps its place among others with side effects."""
-    void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(void, list(operands), text, constraints, has_side_effects=True)
-
-
 def _order_where(
     where: MosaicWord, text: str, operands: Sequence[ir.Value], constraints: str
 ) -> None:
     """The same for threads for which a condition holds: without a branch, so warps stay together."""
-    condition = arith.extui(_i32(), where.value)
+    condition = arith.extui(ptx.i32(), where.value)
     guarded = f"{{ .reg .pred p; setp.ne.b32 p, ${len(operands)}, 0; @p {text} }}"
-    _order(guarded, [*operands, condition], f"{constraints},r,~{{memory}}")
-
-
-def _pinned(text: str, values: Sequence[ir.Value]) -> list[Any]:
-    """An instruction through which values pass unchanged: they are computed before, and used after it."""
-    kinds = ["f" if value.type == _f32() else "r" for value in values]
-    constraints = ",".join([f"={kind}" for kind in kinds] + [str(i) for i in range(len(kinds))])
-    result = llvm.StructType.get_literal([value.type for value in values])
-    out: Any = llvm.inline_asm(result, list(values), text, constraints, has_side_effects=True)
-    return [llvm.extractvalue(value.type, out, [i]) for i, value in enumerate(values)]
-
-
-def _wgmma(
-    kind: Operand, a: Sequence[ir.Value], descriptor: ir.Value, c: Sequence[ir.Value], tokens: int
-) -> list[Any]:
-    """``C + A . B``, under way when it returns; no C: ``A . B``."""
-    count, type_ = tokens // 2, _i32() if kind == "int8" else _f32()
-    names = [f"${i}" for i in range(count + len(c) + 5)]
-    accumulators, rest = ",".join(names[:count]), names[count + len(c) :]
-    shape = f"m64n{tokens}k{16 if kind in _PTX_HALF else 32}"
-    adds = 1 if c else 0
-    dtypes, options = {
-        "bfloat16": ("f32.bf16.bf16", ", 1, 1, 0"),
-        "float16": ("f32.f16.f16", ", 1, 1, 0"),
-        "int8": ("s32.s8.s8", ""),
-        "float8_e4m3fn": ("f32.e4m3.e4m3", ", 1, 1"),
-    }[kind]
-    text = (
-        f"wgmma.mma_async.sync.aligned.{shape}.{dtypes} "
-        f"{{{accumulators}}}, {{{','.join(rest[:4])}}}, {rest[4]}, {adds}{options};"
-    )
-    register = "r" if kind == "int8" else "f"
-    constraints = [f"={register}"] * count + [str(i) for i in range(len(c))] + ["r"] * 4 + ["l"]
-    result = llvm.StructType.get_literal([type_] * count)
-    out: Any = llvm.inline_asm(
-        result, [*c, *a, descriptor], text, ",".join(constraints), has_side_effects=True
-    )
-    return [llvm.extractvalue(type_, out, [i]) for i in range(count)]
+    ptx.ordered(guarded, [*operands, condition], f"{constraints},r,~{{memory}}")
 
 
 def _raw(value: Any) -> ir.Value:

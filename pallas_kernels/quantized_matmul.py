@@ -165,8 +165,9 @@ def quantized_matmul(
       ValueError: a shape, a dtype or a configuration that the kernel cannot take.
     """
     product = _product(
-        x, codes, scale, zero, weights, token_scale, scale_dtype, layer, _out_dtype(x, out_dtype)
-    )
+        x, codes, scale, zero, weights, token_scale, scale_dtype=scale_dtype, layer=layer,
+        out=_out_dtype(x, out_dtype),
+    )  # fmt: skip
     m, n = product.m, product.n
     for name, array, shape in (("bias", bias, (n,)), ("residual", residual, (m, n))):
         if array is not None and (array.shape != shape or str(array.dtype) not in OUT):
@@ -220,6 +221,7 @@ def _product(
     zero: Array | None,
     weights: Weights,
     token_scale: Array | None,
+    *,
     scale_dtype: Half,
     layer: Array | None,
     out: Any,

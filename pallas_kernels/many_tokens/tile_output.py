@@ -123,7 +123,7 @@ class TileOutput:
                 [
                     epilogue.finished(
                         machine, product, arrays, value, *self._places(tile, fragment, first + i),
-                        of_tokens[i // 4 * 2 + i % 2], of_outputs[i // 2 % 2],
+                        token_scale=of_tokens[i // 4 * 2 + i % 2], output=of_outputs[i // 2 % 2],
                     )
                     for i, value in enumerate(values)
                 ]
