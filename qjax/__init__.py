@@ -5,6 +5,7 @@ from qjax.algorithms.round_nearest import quantize as quantize
 from qjax.evaluation import Evaluation as Evaluation
 from qjax.evaluation import evaluate as evaluate
 from qjax.kernel_products import prepare as prepare
+from qjax.method import Method as Method
 from qjax.nnx_layers import QuantizedParam as QuantizedParam
 from qjax.ops import dot_general as dot_general
 from qjax.ops import einsum as einsum
@@ -18,6 +19,7 @@ from qjax.report import QuantizationReport as QuantizationReport
 from qjax.scheme import Recipe as Recipe
 from qjax.scheme import Rule as Rule
 from qjax.scheme import Scheme as Scheme
+from qjax.sequential import quantize_sequentially as quantize_sequentially
 from qjax.stacked_layers import scan_layers as scan_layers
 
 __version__ = "0.1.0"

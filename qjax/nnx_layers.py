@@ -6,11 +6,13 @@ that it was. Two are needed. ``dot_general=`` (``einsum_op=``) computes the prod
 must pass a QTensor on, where Flax's own would turn it into an array.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Num
 
 from qjax import ops, qtensor
 from qjax.qtensor import QTensor
@@ -70,6 +72,43 @@ def contraction_axes(layer: QuantizableLayer) -> tuple[int, ...]:
             if not axes:
                 raise ValueError(f"{layer.einsum_str!r} sums over no axis of the kernel")
             return axes
+
+
+def rows_of(layer: QuantizableLayer, x: Num[Array, "..."]) -> Num[Array, "rows k"]:
+    """A layer's input as the rows that its weight, flattened to ``[k, n]``, is multiplied with.
+
+    Raises:
+      ValueError: the layer multiplies a batch of weights, or stacked ones.
+    """
+    match layer:
+        case nnx.Linear() if stacked_axes(layer) == 0:
+            summed = (x.ndim - 1,)
+        case nnx.LinearGeneral() if stacked_axes(layer) == 0 and not layer.batch_axis:
+            summed = tuple(sorted(a % x.ndim for a in layer.axis))
+        case nnx.Einsum() if stacked_axes(layer) == 0:
+            summed = _summed_of_input(layer, x.ndim)
+        case _:
+            raise ValueError(
+                "calibration needs one weight for all rows; this layer has a batch of them"
+            )
+    kept = [i for i in range(x.ndim) if i not in summed]
+    k = math.prod(x.shape[i] for i in summed)
+    return jnp.transpose(x, (*kept, *summed)).reshape(-1, k)
+
+
+def _summed_of_input(layer: nnx.Einsum, ndim: int) -> tuple[int, ...]:
+    """The axes of an einsum's input that belong to the contraction axes of its kernel, in their order."""
+    operands = (layer.einsum_str or "").replace(" ", "").partition("->")[0]
+    given, kernel = operands.split(",")
+    before, ellipsis, after = given.partition("...")
+    letters = list(before) + [""] * (ndim - len(before + after) if ellipsis else 0) + list(after)
+    axes = contraction_axes(layer)
+    free = [c for i, c in enumerate(kernel) if i - len(kernel) not in axes]
+    if any(c in letters for c in free):
+        raise ValueError(
+            f"calibration needs one weight for all rows; {operands!r} has a batch of them"
+        )
+    return tuple(letters.index(kernel[a]) for a in axes)
 
 
 def stacked_axes(layer: QuantizableLayer) -> int:

@@ -121,10 +121,20 @@ def symmetric_scale(
     """
     if scale_format == "e8m0":
         return _power_of_two(absmax, fmt)
-    scale = absmax / (fmt.symmetric_divisor if divisor is None else divisor)
+    scale = _divided(absmax, fmt.symmetric_divisor if divisor is None else divisor)
     if scale_format == "e4m3":
         scale = jnp.minimum(scale, formats.E4M3.high)
     return _never_zero(scale, jnp.float8_e4m3fn if scale_format == "e4m3" else dtype, absmax)
+
+
+def _divided(reach: Float[Array, "..."], steps: float) -> Float[Array, "..."]:
+    """``reach / steps``, rounded once.
+
+    XLA multiplies by the reciprocal of a divisor that it knows to be constant, which may give the next
+    float; the weight at the end of a range then falls to another side of its tie than in every other
+    library. It does not know that no range is negative.
+    """
+    return reach / jnp.where(reach >= 0, jnp.float32(steps), jnp.nan)
 
 
 def _never_zero(scale: Float[Array, "..."], dtype: Any, reach: Float[Array, "..."]) -> Any:
@@ -158,7 +168,7 @@ def _grid(
     fmt = scheme.format
     if not scheme.symmetric:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)  # zero itself must have a code
-        scale = _never_zero((high - low) / (fmt.high - fmt.low), dtype, high - low)
+        scale = _never_zero(_divided(high - low, fmt.high - fmt.low), dtype, high - low)
         zero = jnp.round(fmt.low - low / scale.astype(jnp.float32))
         return Grid(scale, jnp.clip(zero, fmt.low, fmt.high).astype(jnp.int8), None)
     absmax = jnp.maximum(-low, high)

@@ -15,13 +15,16 @@ class LayerReport:
       scheme: name of its scheme; None when it was left as it is.
       method: algorithm that quantized it; None when none did.
       shape: of the weight.
-      relative_output_error: ``|x w - x w'| / |x w|`` in expectation over white inputs ``x``, which is
-        ``|w - w'| / |w|``; None when the layer was left as it is or shares another's weight.
+      relative_output_error: ``|x w - x w'| / |x w|`` over the calibration rows ``x``; without them in
+        expectation over white inputs, which is ``|w - w'| / |w|``; None when the layer was left as it
+        is or shares another's weight.
       bytes_before: of the weight as it was; 0 when it is counted with another layer.
       bytes_after: of what stands in its place.
       seconds: spent on it.
       reason: why it was left as it is, or whose weight it shares; empty otherwise.
       saturated: infinite weights, which took the ends of their tiles' ranges.
+      damping: share of the mean that was added to the Hessian's diagonal; None without a Hessian.
+      calibration_rows: tokens that the layer saw in calibration; None without any.
     """
 
     path: str
@@ -34,6 +37,8 @@ class LayerReport:
     seconds: float
     reason: str = ""
     saturated: int = 0
+    damping: float | None = None
+    calibration_rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

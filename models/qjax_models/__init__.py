@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder language models in Flax NNX, and generation."""
 
+from qjax_models.chain import blockwise as blockwise
 from qjax_models.config import DecoderConfig as DecoderConfig
 from qjax_models.decoder import Decoder as Decoder
 from qjax_models.families import config_from_hf as config_from_hf

@@ -56,7 +56,7 @@ class Backbone(nnx.Module):
             length: the most tokens a row can come to have.
             cache: what came before them; None: nothing did.
         """
-        full, sliding = self._rotations(positions, length)
+        full, sliding = self.rotations(positions, length)
         x = self.embed(tokens)
         kept = []
         for index, block in enumerate(self.layers):
@@ -72,8 +72,8 @@ class Backbone(nnx.Module):
         # The scale is rounded to the type too, as in the published models.
         return rows * jnp.asarray(self.config.embedding_scale, rows.dtype)
 
-    def _rotations(self, positions: Int[Array, "#B T"], length: int) -> tuple[Rotation, Rotation]:
-        """Angles of full and of sliding layers."""
+    def rotations(self, positions: Int[Array, "#B T"], length: int) -> tuple[Rotation, Rotation]:
+        """Angles of full and of sliding layers, for rows of at most `length` tokens."""
         config = self.config
         full = rotation(config.rope, config.head_size, positions, length)
         if config.sliding_rope is None:

@@ -58,7 +58,7 @@ def quantize(
     parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     if w.size == 0 or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"{name}: need floats to quantize, got {w.dtype} of shape {w.shape}")
-    axes = _contraction(w.ndim - stacked, axis, name)
+    axes = contraction(w.ndim - stacked, axis, name)
     tile = tile_of(w.shape[stacked:], parsed.weights, axes, name)
     q, has_nan = _quantize(w, parsed, axes, tile, stacked, search)
     if not isinstance(has_nan, Tracer) and bool(has_nan):
@@ -110,6 +110,27 @@ def tile_of(
             return tuple(size if i in sides else 1 for i in range(ndim))
 
 
+def contraction(ndim: int, axis: int | tuple[int, ...] | None, name: str) -> tuple[int, ...]:
+    """The contraction axes of an array, counted from the end; the last but one where none is said.
+
+    Args:
+      ndim: of the array.
+      axis: one axis or several, counted from either end; None: the last but one, or the only one.
+      name: what errors call the array.
+
+    Raises:
+      ValueError: the array has no such axes.
+    """
+    if ndim == 0:
+        raise ValueError(f"{name}: a scalar cannot be quantized")
+    if axis is None:
+        axis = -2 if ndim > 1 else -1
+    axes = (axis,) if isinstance(axis, int) else axis
+    if not axes or any(not -ndim <= a < ndim for a in axes):
+        raise ValueError(f"{name}: {axes=} are no axes of an array of {ndim} dimensions")
+    return tuple(a if a < 0 else a - ndim for a in axes)
+
+
 @functools.partial(jax.jit, static_argnames=("scheme", "axis", "tile", "stacked", "search"))
 def _quantize(
     w: Float[Array, "..."], scheme: Scheme, axis: Any, tile: Any, stacked: int, search: RangeSearch
@@ -131,17 +152,6 @@ def _quantize(
     for _ in range(stacked):
         one = jax.vmap(one)
     return one(w), jnp.isnan(w).any()
-
-
-def _contraction(ndim: int, axis: int | tuple[int, ...] | None, name: str) -> tuple[int, ...]:
-    if ndim == 0:
-        raise ValueError(f"{name}: a scalar cannot be quantized")
-    if axis is None:
-        axis = -2 if ndim > 1 else -1
-    axes = (axis,) if isinstance(axis, int) else axis
-    if not axes or any(not -ndim <= a < ndim for a in axes):
-        raise ValueError(f"{name}: {axes=} are no axes of an array of {ndim} dimensions")
-    return tuple(a if a < 0 else a - ndim for a in axes)
 
 
 def _divisors(length: int, size: int) -> str:

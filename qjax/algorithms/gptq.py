@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ: weights are rounded input by input, and the inputs still to come make up for the error.
+
+    minimize over W'  in the grid of the scheme    tr((W - W')^T H (W - W')),        H = X^T X + damping
+
+Inputs are taken in an order; when input ``i`` has been rounded, its error moves the weights of every
+later input ``j`` by ``-U_ij / U_ii`` times it, which is where the least squares put them.
+
+==============  ==============================================================================
+paper           here
+==============  ==============================================================================
+W               ``w`` transposed: a column of the paper is a row ``[n]``, an input, here
+H               ``hessian``, ``[k, k]``, as calibration sums it: without the factor of two
+H^-1            never formed; ``upper`` is its Cholesky factor, ``H^-1 = upper^T upper``
+quant(w)        the nearest value of the input's tile, ``(codes - zero) * scale``
+E               ``errors``, ``(w - quant(w)) / upper_ii``
+B               ``BLOCK`` inputs, after which the errors reach the rest in one product
+lambda          ``damping``, a share of the mean of H's diagonal, which is added to all of it
+act-order       ``Order``: inputs of large ``H_ii`` first
+==============  ==============================================================================
+
+``upper`` comes from one factorization and one triangular inverse: of the Hessian with its inputs in
+reverse, ``R H R = L L^T``, it is ``R L^-1 R``. The authors' code takes three factorizations.
+
+References:
+  Frantar, Ashkboos, Hoefler, Alistarh, GPTQ: Accurate Post-Training Quantization for Generative
+  Pre-trained Transformers, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1; the order and the
+  damping are those of the authors' code, https://github.com/IST-DASLab/gptq.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from qjax import formats, ranges, tiles
+from qjax.algorithms import round_nearest
+from qjax.formats import Format
+from qjax.qtensor import QTensor
+from qjax.ranges import Grid, RangeSearch
+from qjax.scheme import Scheme
+
+BLOCK = 128
+_MOST_DAMPING = 1e4  # a multiple of the identity by then: plain rounding, of a Hessian of garbage
+
+Order = Literal["as-is", "by-activity", "by-group"]
+Grids = Literal["original", "updated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How GPTQ is run.
+
+    Attributes:
+      damping: what is added to the Hessian's diagonal, as a share of its mean; doubled until the
+        Hessian can be factorized.
+      order: of the inputs: as they stand; those of large mean square first; or the groups of large
+        mean square first, and in a group likewise. An input stays in the group of its place, so that
+        nothing more has to be stored ("static" act-order; GPTQModel calls the last group-aware).
+      grids: whether a tile's scale and zero come from the original weights, or from what the weights
+        have become when the first input of the tile is reached, as in the paper. The second is for
+        groups and channels, in an order that takes the inputs of a group one after the other.
+      exact_peer: to round as llm-compressor 0.14 does: the rounded weight that an error is measured
+        from is itself rounded to the weight's dtype, and inputs that calibration never saw other than
+        zero lose their weights.
+    """
+
+    damping: float = 0.01
+    order: Order = "by-activity"
+    grids: Grids = "original"
+    exact_peer: bool = False
+
+    def __post_init__(self):  # noqa: D105
+        if not 0 < self.damping < 1:
+            raise ValueError(f"damping is a share of the diagonal in (0, 1), got {self.damping=}")
+        if self.order not in get_args(Order) or self.grids not in get_args(Grids):
+            raise ValueError(
+                f"order is one of {get_args(Order)}, grids of {get_args(Grids)}; got "
+                f"{self.order=} {self.grids=}"
+            )
+        if self.grids == "updated" and self.order == "by-activity":
+            raise ValueError(
+                "grids of updated weights need the inputs of a group to follow each other: "
+                "order 'as-is' or 'by-group'"
+            )
+
+
+class Factor(NamedTuple):
+    """A Hessian made ready for any number of weights that share it.
+
+    Attributes:
+      upper: ``[k, k]``, of the inverse of the damped Hessian, inputs in ``order``.
+      order: ``[k]``, the input that is taken at each step.
+      dead: ``[k]``, inputs that were zero in every row; not in ``order``.
+      damping: the share that was needed.
+    """
+
+    upper: Float[Array, "k k"]
+    order: Int[Array, " k"]
+    dead: Bool[Array, " k"]
+    damping: Float[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("options", "group_size"))
+def factor(
+    hessian: Float[Array, "k k"],
+    options: Options = Options(),  # noqa: B008  frozen
+    group_size: int | None = None,
+) -> Factor:
+    """Factorizes the inverse of a Hessian.
+
+    Args:
+      hessian: ``sum x x^T``.
+      options: order and damping.
+      group_size: inputs that share a scale, for the order by groups; None: all of them.
+
+    Returns:
+      The factor. Its ``damping`` is NaN where no damping helps, because the Hessian is not finite.
+    """
+    diagonal = jnp.diagonal(hessian)
+    dead = diagonal == 0
+    hessian = hessian + jnp.diag(dead.astype(jnp.float32))
+    diagonal = jnp.where(dead, 1.0, diagonal)
+    order = _order(diagonal, options.order, group_size or len(diagonal))
+    reverse = hessian[order][:, order][::-1, ::-1]
+    mean = jnp.mean(diagonal)
+
+    def factorized(damping: Float[Array, ""]) -> Float[Array, "k k"]:
+        return jnp.linalg.cholesky(reverse + damping * mean * jnp.eye(len(diagonal)))
+
+    def failed(state) -> Bool[Array, ""]:
+        damping, lower = state
+        return ~jnp.isfinite(lower).all() & (damping < _MOST_DAMPING)
+
+    def harder(state):
+        damping = 2 * state[0]
+        return damping, factorized(damping)
+
+    first = jnp.float32(options.damping)
+    damping, lower = lax.while_loop(failed, harder, (first, factorized(first)))
+    identity = jnp.eye(len(diagonal), dtype=jnp.float32)
+    inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    damping = jnp.where(jnp.isfinite(lower).all(), damping, jnp.nan)
+    return Factor(upper=inverse[::-1, ::-1], order=order, dead=dead, damping=damping)
+
+
+def _order(diagonal: Float[Array, " k"], order: Order, size: int) -> Int[Array, " k"]:
+    """The input that is taken at each step."""
+    if order == "as-is":
+        return jnp.arange(len(diagonal), dtype=jnp.int32)
+    if order == "by-activity":
+        return jnp.argsort(-diagonal).astype(jnp.int32)
+    groups = diagonal.reshape(-1, size)
+    first = jnp.argsort(-jnp.mean(groups, axis=1))
+    inside = jnp.argsort(-groups, axis=1)
+    return (first[:, None] * size + inside[first]).reshape(-1).astype(jnp.int32)
+
+
+def quantize(
+    w: Float[Array, "..."],
+    scheme: str | Scheme,
+    factor: Factor,
+    *,
+    axis: int | tuple[int, ...] = -2,
+    search: RangeSearch = RangeSearch(),  # noqa: B008  frozen
+    options: Options = Options(),  # noqa: B008  frozen
+    name: str = "array",
+) -> QTensor:
+    """Quantizes a weight by GPTQ.
+
+    Args:
+      w: the weight, any float dtype.
+      scheme: how to hold it, or the scheme's name.
+      factor: of the Hessian of the inputs that the weight is multiplied with, flattened if it has
+        several contraction axes.
+      axis: what a product sums over.
+      search: how the range of each tile is chosen.
+      options: the ones that the factor was made with.
+      name: what errors call the array.
+
+    Returns:
+      The QTensor, scales in ``w``'s dtype unless the scheme says otherwise.
+
+    Raises:
+      ValueError: NaN or infinities in ``w``, a Hessian of another size, or one that is not finite; a
+        group size that does not divide the contraction axis; ``grids="updated"`` of a scheme whose
+        scales are not a group's or a channel's.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (512, 64))
+      >>> w = jax.random.normal(jax.random.key(1), (64, 32))
+      >>> quantize(w, "w4a16-g32", factor(x.T @ x)).scale.shape
+      (2, 32)
+    """
+    parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    axes = round_nearest.contraction(w.ndim, axis, name)
+    tile = round_nearest.tile_of(w.shape, parsed.weights, axes, name)
+    inputs = as_inputs(w, axes)
+    if inputs.shape[0] != len(factor.order):
+        raise ValueError(
+            f"{name}: {inputs.shape[0]} inputs, but the Hessian is of {len(factor.order)}"
+        )
+    weights = parsed.weights
+    if options.grids == "updated" and (
+        weights.granularity not in ("group", "channel") or weights.scale_format == "e4m3"
+    ):
+        raise ValueError(
+            f"{name}: grids of updated weights need scales of groups or channels that stand for "
+            f"themselves; {parsed.name} has others"
+        )
+    if not bool(jnp.isfinite(w).all()):
+        raise ValueError(f"{name}: NaN or an infinity among the weights; numbers are needed")
+    if not bool(jnp.isfinite(factor.damping)):
+        raise ValueError(f"{name}: the Hessian of its inputs is not finite; are the activations?")
+    return _quantize(w, parsed, factor, axes, tile, search, options)
+
+
+@functools.partial(jax.jit, static_argnames=("scheme", "axes", "tile", "search", "options"))
+def _quantize(
+    w: Float[Array, "..."],
+    scheme: Scheme,
+    factor: Factor,
+    axes: tuple[int, ...],
+    tile: tuple[int, ...],
+    search: RangeSearch,
+    options: Options,
+) -> QTensor:
+    weights = scheme.weights
+    rows = as_inputs(w, axes).astype(jnp.float32)
+    if options.exact_peer:
+        rows = jnp.where(factor.dead[:, None], 0.0, rows)
+    nearest = functools.partial(
+        _nearest, fmt=weights.format, dtype=w.dtype if options.exact_peer else jnp.float32
+    )
+    if options.grids == "original":
+        grid = ranges.find_grid(w, weights, tile, search)
+        step, zero = (leaf[factor.order] for leaf in _steps(grid, w.shape, tile, axes))
+        steps = Steps(_filled(step, BLOCK, 1.0), _filled(zero, BLOCK, 0.0))
+
+        def fixed(start: Int[Array, ""], rows: Float[Array, "b n"]) -> tuple[Steps, None]:
+            return Steps(
+                *(lax.dynamic_slice_in_dim(leaf, start, len(rows)) for leaf in steps)
+            ), None
+
+        codes, _ = _rounded(rows[factor.order], factor.upper, BLOCK, fixed, nearest)
+    else:
+        size = weights.group_size or len(rows)
+
+        def updated(start: Int[Array, ""], rows: Float[Array, "b n"]) -> tuple[Steps, Grid]:
+            del start
+            grid = ranges.find_grid(rows.astype(w.dtype), weights, (size, 1), search)
+            return _steps(grid, rows.shape, (size, 1), (-2,)), grid
+
+        codes, grids = _rounded(rows[factor.order], factor.upper, size, updated, nearest)
+        counts, place = tiles.counts(w.shape, tile), jnp.argsort(factor.order[::size])
+        grid = jax.tree.map(lambda leaf: from_inputs(leaf[place, 0], counts, axes), grids)
+    codes = codes[jnp.argsort(factor.order)]
+    return QTensor.from_codes(
+        from_inputs(codes, w.shape, axes), grid.scale, grid.zero, grid.tensor_scale,
+        format=weights.format, axis=axes, tile=tile, dtype=w.dtype, activations=scheme.activations,
+    )  # fmt: skip
+
+
+class Steps(NamedTuple):
+    """What each weight is rounded on, float32: ``(codes - zero) * step``."""
+
+    step: Float[Array, "b n"]
+    zero: Float[Array, "b n"]
+
+
+def _steps(
+    grid: Grid, shape: tuple[int, ...], tile: tuple[int, ...], axes: tuple[int, ...]
+) -> Steps:
+    """The grid of each weight, input by input."""
+    zero = jnp.zeros_like(grid.step) if grid.zero is None else grid.zero.astype(jnp.float32)
+    spread = (tiles.spread(leaf, tile, shape) for leaf in (grid.step, zero))
+    return Steps(*(as_inputs(jnp.broadcast_to(leaf, shape), axes) for leaf in spread))
+
+
+def _nearest(
+    weights: Float[Array, "*shape"],
+    step: Float[Array, "*shape"],
+    zero: Float[Array, "*shape"],
+    fmt: Format,
+    dtype: Any,
+) -> tuple[Shaped[Array, "*shape"], Float[Array, "*shape"]]:
+    """The codes of weights, and what they stand for, rounded to a dtype."""
+    codes = formats.encode(weights / step + zero, fmt)
+    near = (formats.decode(codes, fmt) - zero) * step
+    return codes, near.astype(dtype).astype(jnp.float32)
+
+
+def _rounded(
+    rows: Float[Array, "k n"],
+    upper: Float[Array, "k k"],
+    block: int,
+    steps_of: Callable[..., Any],
+    nearest: Callable[..., Any],
+) -> tuple[Shaped[Array, "k n"], Any]:
+    """Algorithm 1 of the paper: block by block, and in a block input by input.
+
+    Args:
+      rows: the weights, an input a row, in the order in which they are taken.
+      upper: of the inverse Hessian, in that order.
+      block: inputs of a block.
+      steps_of: from the first input of a block and its weights by then to their steps, and to what else
+        is wanted of the block.
+      nearest: from the weights of an input and their steps to codes and the values of those.
+
+    Returns:
+      The codes in the same order, and what else was wanted of each block.
+    """
+    k, n = rows.shape
+    # Inputs of nothing fill the last block up: they have no error, and none reaches them.
+    rows = _filled(rows, block, 0.0)
+    upper = _filled(_filled(upper, block, 0.0).T, block, 0.0).T
+    upper = upper + jnp.diag((jnp.arange(len(rows)) >= k).astype(jnp.float32))
+
+    def one_block(rows: Float[Array, "k n"], start: Int[Array, ""]):
+        current = lax.dynamic_slice_in_dim(rows, start, block)
+        reach = lax.dynamic_slice_in_dim(upper, start, block)
+        corner = lax.dynamic_slice_in_dim(reach, start, block, axis=1)
+        steps, wanted = steps_of(start, current)
+        codes, errors = _one_block(current, corner, steps, nearest)
+        later = jnp.where(jnp.arange(len(rows)) >= start + block, reach, 0.0)
+        return rows - jnp.matmul(later.T, errors, precision="highest"), (codes, wanted)
+
+    _, (codes, wanted) = lax.scan(one_block, rows, jnp.arange(0, len(rows), block))
+    return codes.reshape(-1, n)[:k], wanted
+
+
+def _filled(rows: Float[Array, "k n"], block: int, value: float) -> Float[Array, "padded n"]:
+    """Rows up to a multiple of the block."""
+    return jnp.pad(rows, ((0, -len(rows) % block), (0, 0)), constant_values=value)
+
+
+def _one_block(
+    rows: Float[Array, "b n"],
+    upper: Float[Array, "b b"],
+    steps: Steps,
+    nearest: Callable[..., Any],
+) -> tuple[Shaped[Array, "b n"], Float[Array, "b n"]]:
+    """The codes of a block's inputs, and the errors that later inputs are to make up for."""
+
+    def one_input(i: Int[Array, ""], state):
+        rows, codes, errors = state
+        of_input, near = nearest(rows[i], steps.step[i], steps.zero[i])
+        error = (rows[i] - near) / upper[i, i]
+        later = jnp.where(jnp.arange(len(rows)) > i, upper[i], 0.0)
+        rows = rows - later[:, None] * error
+        return rows, codes.at[i].set(of_input), errors.at[i].set(error)
+
+    codes, _ = jax.eval_shape(nearest, rows, steps.step, steps.zero)
+    start = rows, jnp.zeros(codes.shape, codes.dtype), jnp.zeros_like(rows)
+    _, codes, errors = lax.fori_loop(0, len(rows), one_input, start)
+    return codes, errors
+
+
+def as_inputs(w: Shaped[Array, "..."], axes: tuple[int, ...]) -> Shaped[Array, "k n"]:
+    """An array with what a product sums over in front, flattened, and all else behind.
+
+    >>> as_inputs(jnp.zeros((2, 3, 5)), (-3, -2)).shape
+    (6, 5)
+    """
+    front = jnp.moveaxis(w, axes, range(len(axes)))
+    return front.reshape(math.prod(front.shape[: len(axes)]), -1)
+
+
+def from_inputs(
+    rows: Shaped[Array, "k n"], shape: tuple[int, ...], axes: tuple[int, ...]
+) -> Shaped[Array, "..."]:
+    """The array of ``shape`` that :func:`as_inputs` made rows of."""
+    contracted = [a % len(shape) for a in axes]
+    free = [n for i, n in enumerate(shape) if i not in contracted]
+    front = rows.reshape(*(shape[a] for a in axes), *free)
+    return jnp.moveaxis(front, range(len(axes)), axes)

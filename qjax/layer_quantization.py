@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of a model: its weight to a QTensor, by the method asked for, and what is reported of it."""
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from qjax import nnx_layers, qtensor, statistics
+from qjax.algorithms import gptq, round_nearest
+from qjax.assignment import Assignment
+from qjax.method import Method
+from qjax.nnx_layers import QuantizableLayer
+from qjax.observation import Observed
+from qjax.qtensor import QTensor
+from qjax.report import LayerReport
+from qjax.scheme import Scheme
+from qjax.statistics import InputStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What calibration knows of the input of some layers.
+
+    Attributes:
+      statistics: of its rows.
+      factors: of their Hessian, for each order and group size that a layer wants; filled as they are
+        made, so that layers with one input share them.
+    """
+
+    statistics: InputStatistics
+    factors: dict[tuple[gptq.Options, int | None], gptq.Factor]
+
+    def factor(self, options: gptq.Options, group_size: int | None) -> gptq.Factor:
+        """The factor of the Hessian for GPTQ."""
+        key = options, group_size
+        if key not in self.factors:
+            assert self.statistics.hessian is not None
+            self.factors[key] = gptq.factor(self.statistics.hessian, options, group_size)
+        return self.factors[key]
+
+
+def inputs_of(observed: Observed, prefix: str = "") -> dict[str, Inputs]:
+    """What is known of each layer's input, one object for layers that share it.
+
+    Args:
+      observed: of a module.
+      prefix: its path in the model and a slash, to be put in front of the layers'.
+    """
+    known = {}
+    for layers, found in zip(observed.layers, observed.inputs, strict=True):
+        inputs = Inputs(statistics=found, factors={})
+        known |= {prefix + path: inputs for path in layers}
+    return known
+
+
+def quantize_layer(
+    path: str, assignment: Assignment, method: Method, inputs: Inputs | None = None
+) -> LayerReport:
+    """Quantizes a layer in place, or leaves it, as an assignment says.
+
+    Args:
+      path: of the layer.
+      assignment: of its model.
+      method: how.
+      inputs: what the layer multiplies; None: not known, and its weights are rounded to nearest.
+
+    Raises:
+      ValueError: the weight cannot be quantized so; the message begins with the path.
+    """
+    layer, scheme = assignment.layers[path], assignment.scheme(path)
+    if scheme is None:
+        return _left_alone(path, layer, assignment.why_plain(path))
+    if path in assignment.shared:
+        earlier = assignment.shared[path]
+        return _share(path, layer, scheme, earlier, assignment.layers[earlier])
+    return _quantize(path, layer, scheme, method, inputs)
+
+
+def _quantize(
+    path: str, layer: QuantizableLayer, scheme: Scheme, method: Method, inputs: Inputs | None
+) -> LayerReport:
+    start = time.perf_counter()
+    w = nnx_layers.weight_of(layer)
+    if isinstance(w, QTensor):
+        raise ValueError(f"{path}: already quantized to {w.format.name}; start from the original")
+    axis = _contraction_axes(path, layer)
+    damping = None
+    if method.rounding is None or inputs is None:
+        stacked = nnx_layers.stacked_axes(layer)
+        q = round_nearest.quantize(
+            w, scheme, axis=axis, stacked=stacked, search=method.search, name=path
+        )
+    else:
+        factor = inputs.factor(method.rounding, scheme.weights.group_size)
+        q = gptq.quantize(
+            w, scheme, factor, axis=axis, search=method.search, options=method.rounding, name=path
+        )
+        damping = float(factor.damping)
+    error, saturated = _compared(w, q)
+    if inputs is not None and inputs.statistics.hessian is not None:
+        near = qtensor.dequantize(q, jnp.float32)
+        error = statistics.relative_output_error(
+            gptq.as_inputs(w, axis), gptq.as_inputs(near, axis), inputs.statistics.hessian
+        )
+    nnx_layers.install(layer, q)
+    return LayerReport(
+        path=path,
+        scheme=scheme.name,
+        method="rtn" if damping is None else method.name,
+        shape=tuple(w.shape),
+        relative_output_error=float(error),
+        bytes_before=w.nbytes,
+        bytes_after=q.nbytes,
+        seconds=time.perf_counter() - start,
+        saturated=int(saturated),
+        damping=damping,
+        calibration_rows=None if inputs is None else int(inputs.statistics.rows),
+    )
+
+
+def _contraction_axes(path: str, layer: QuantizableLayer) -> tuple[int, ...]:
+    try:
+        return nnx_layers.contraction_axes(layer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _share(
+    path: str,
+    layer: QuantizableLayer,
+    scheme: Scheme,
+    earlier_path: str,
+    earlier: QuantizableLayer,
+) -> LayerReport:
+    """Gives a layer the QTensor of the earlier one; no bytes are counted twice."""
+    ours, theirs = _contraction_axes(path, layer), nnx_layers.contraction_axes(earlier)
+    if ours != theirs:
+        raise ValueError(
+            f"{path}: sums over axes {ours} of a weight that {earlier_path} shares and sums over "
+            f"{theirs}; leave both plain"
+        )
+    nnx_layers.share(layer, earlier)
+    return LayerReport(
+        path=path,
+        scheme=scheme.name,
+        method="rtn",
+        shape=nnx_layers.weight_of(layer).shape,
+        relative_output_error=None,
+        bytes_before=0,
+        bytes_after=0,
+        seconds=0.0,
+        reason=f"shares the weight of {earlier_path}",
+    )
+
+
+def _left_alone(path: str, layer: QuantizableLayer, reason: str) -> LayerReport:
+    w = nnx_layers.weight_of(layer)
+    return LayerReport(
+        path=path,
+        scheme=None,
+        method=None,
+        shape=tuple(w.shape),
+        relative_output_error=None,
+        bytes_before=w.nbytes,
+        bytes_after=w.nbytes,
+        seconds=0.0,
+        reason=reason,
+    )
+
+
+@jax.jit
+def _compared(w: Float[Array, "..."], q: QTensor) -> tuple[Float[Array, ""], Integer[Array, ""]]:
+    """The relative error of the finite weights, and how many are infinite."""
+    near = qtensor.dequantize(q, jnp.float32)
+    known = jnp.isfinite(w)
+    w = jnp.where(known, w.astype(jnp.float32), near)  # an infinity has no relative error
+    wrong = jnp.linalg.norm(near - w)
+    error = wrong / jnp.maximum(jnp.linalg.norm(w), jnp.finfo(jnp.float32).tiny)
+    return error, jnp.sum(~known)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watching what the layers of a model multiply, while it runs under jit.
+
+Every stock Flax layer passes its input through the hook ``promote_dtype=`` before it multiplies; for
+the time of one trace a hook that keeps statistics of the input stands there. Layers that are handed
+the same array share one entry: queries, keys and values; gate and up.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Num
+
+from qjax import nnx_layers, statistics
+from qjax.nnx_layers import QuantizableLayer
+from qjax.statistics import InputStatistics
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs"], meta_fields=["layers"])
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What the layers of a model multiplied.
+
+    Attributes:
+      layers: the layers of each input by their paths, in the order in which the model reached them.
+      inputs: the statistics of each input.
+    """
+
+    layers: tuple[tuple[str, ...], ...]
+    inputs: tuple[InputStatistics, ...]
+
+    def __getitem__(self, path: str) -> InputStatistics:
+        """The statistics of the input of a layer."""
+        for layers, inputs in zip(self.layers, self.inputs, strict=True):
+            if path in layers:
+                return inputs
+        raise KeyError(path)
+
+    def __contains__(self, path: str) -> bool:
+        """Whether the layer was reached."""
+        return any(path in layers for layers in self.layers)
+
+
+def observe(
+    module: nnx.Module,
+    run: Callable[[], Any],
+    *,
+    hessians: bool,
+    compute_dtype: Any = None,
+    wanted: Callable[[str], bool] = lambda path: True,
+) -> Observed:
+    """Runs a model and keeps statistics of what its layers multiply.
+
+    To be called under a trace that the module's arrays belong to: its layers' hooks are replaced, and
+    stay so.
+
+    Args:
+      module: whose layers to watch; to be thrown away afterwards.
+      run: calls the module.
+      hessians: whether to take Hessians too.
+      compute_dtype: what layers compute in; None: what they would.
+      wanted: which layers to watch, by path.
+
+    Raises:
+      ValueError: a layer is called twice, or multiplies a batch of weights.
+    """
+    seen: dict[int, tuple[Any, list[str], InputStatistics]] = {}
+    for path, layer in nnx_layers.quantizable_layers(module):
+        if isinstance(layer, nnx.Embed):
+            continue
+        watch = _Watch(path, layer, seen, hessians) if wanted(path) else None
+        hook = functools.partial(_promote, watch=watch, compute_dtype=compute_dtype)
+        setattr(layer, "promote_dtype", hook)  # noqa: B010  Flax declares it with a type of its own
+    run()
+    return Observed(
+        layers=tuple(tuple(paths) for _, paths, _ in seen.values()),
+        inputs=tuple(found for *_, found in seen.values()),
+    )
+
+
+def merged(a: Observed | None, b: Observed) -> Observed:
+    """What both saw of the same layers."""
+    if a is None:
+        return b
+    both = zip(a.inputs, b.inputs, strict=True)
+    return Observed(layers=a.layers, inputs=tuple(statistics.merged(x, y) for x, y in both))
+
+
+@dataclass(frozen=True)
+class _Watch:
+    path: str
+    layer: QuantizableLayer
+    seen: dict[int, tuple[Any, list[str], InputStatistics]]
+    hessians: bool
+
+    def __call__(self, x: Num[Array, "..."]) -> None:
+        if any(self.path in paths for _, paths, _ in self.seen.values()):
+            raise ValueError(
+                f"{self.path}: is called twice in one pass; calibration takes a layer's input once"
+            )
+        if id(x) in self.seen:
+            self.seen[id(x)][1].append(self.path)
+            return
+        rows = nnx_layers.rows_of(self.layer, x)
+        # The array is kept too, so that its id stays its own.
+        self.seen[id(x)] = x, [self.path], statistics.of_rows(rows, hessian=self.hessians)
+
+
+def _promote(
+    args: tuple[Any, ...],
+    *,
+    dtype: Any = None,
+    inexact: bool = True,
+    watch: _Watch | None,
+    compute_dtype: Any,
+) -> tuple[Any, ...]:
+    if watch is not None:
+        watch(args[0])
+    return nnx_layers.promote(args, dtype=compute_dtype or dtype, inexact=inexact)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrated quantization block by block: each sees what the quantized ones before it make of the tokens.
+
+One block's statistics are alive at a time, and the activations of the calibration tokens between two
+blocks. Statistics of a block are taken while its own weights are still as they were.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qjax import assignment, layer_quantization, nnx_layers, observation, qtensor
+from qjax.assignment import Assignment
+from qjax.blockwise import Block, Blockwise
+from qjax.layer_quantization import Inputs
+from qjax.method import Method
+from qjax.observation import Observed
+from qjax.post_training import copied
+from qjax.qtensor import QTensor
+from qjax.ranges import RangeSearch
+from qjax.report import LayerReport, QuantizationReport
+from qjax.scheme import Recipe
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def quantize_sequentially(
+    model: Model,
+    chain: Callable[[Model, int], Blockwise],
+    tokens: Int[np.ndarray, "n length"],
+    recipe: str | Recipe,
+    *,
+    method: str | Method,
+    search: RangeSearch = RangeSearch(),  # noqa: B008  frozen
+    batch_size: int = 8,
+    on_step: Callable[[str], None] = lambda what: None,
+) -> tuple[Model, QuantizationReport]:
+    """Quantizes a model block by block with calibration.
+
+    Layers outside the blocks that the recipe names, embeddings and heads, are rounded to nearest.
+
+    Args:
+      model: left as it is.
+      chain: what makes a :class:`qjax.blockwise.Blockwise` of it, given the length of the windows.
+      tokens: calibration windows.
+      recipe: which layers are held how; a scheme's name means that scheme everywhere.
+      method: how weights are rounded, or its name.
+      search: how the range of each tile is chosen, where ``method`` is a name.
+      batch_size: windows at once; results do not depend on it but for the order of sums.
+      on_step: called with what was done, ``2 * blocks`` times; for progress bars.
+
+    Returns:
+      The quantized model and the report of every layer.
+
+    Raises:
+      ValueError: as :func:`qjax.quantize_model` does; or a layer has more inputs than there are
+        calibration tokens, or activations that are not finite.
+    """
+    method = Method.parse(method, search) if isinstance(method, str) else method
+    recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
+    result = copied(model)
+    assigned = assignment.assign(result, recipe)
+    blockwise = chain(result, tokens.shape[1])
+    compute_dtype = _compute_dtype()
+    batches = np.array_split(tokens, range(batch_size, len(tokens), batch_size))
+    hidden = [_entered(blockwise, batch, compute_dtype) for batch in batches]
+    done: dict[str, LayerReport] = {}
+    for number, block in enumerate(blockwise.blocks):
+        paths = [path for path in assigned.quantized if path.startswith(f"{block.path}/")]
+        run = functools.partial(_run, apply=blockwise.apply, compute_dtype=compute_dtype)
+        observed = _observed(block, hidden, paths, method, run)
+        on_step(f"{block.path} observed")
+        plain = copied(block.module)
+        done |= _quantize_block(block, paths, assigned, method, observed)
+        if number + 1 < len(blockwise.blocks):
+            graphdef, state = nnx.split(_simulated(plain, block.module))
+            hidden = [
+                run(graphdef, state, x, block.context, wanted=(), hessians=False)[0] for x in hidden
+            ]
+        on_step(f"{block.path} quantized")
+    for path in assigned.layers:
+        if path not in done:
+            done[path] = layer_quantization.quantize_layer(path, assigned, method)
+    return result, QuantizationReport(
+        layers=tuple(done[path] for path in assigned.layers),
+        unmatched_rules=assigned.unmatched_rules,
+    )
+
+
+def _compute_dtype() -> Any:
+    """What activations are computed in: on a CPU, which has no 16-bit products, float32."""
+    return jnp.float32 if jax.default_backend() == "cpu" else None
+
+
+def _entered(blockwise: Blockwise, batch: np.ndarray, compute_dtype: Any) -> Array:
+    x = blockwise.enter(jnp.asarray(batch))
+    return x if compute_dtype is None else x.astype(compute_dtype)
+
+
+def _observed(
+    block: Block, hidden: list[Array], paths: list[str], method: Method, run: Callable[..., Any]
+) -> Observed | None:
+    """The statistics of a block's layers over all batches."""
+    if not method.calibrated or not paths:
+        return None
+    wanted = tuple(path.removeprefix(f"{block.path}/") for path in paths)
+    graphdef, state = nnx.split(block.module)
+    total = None
+    for x in hidden:
+        _, observed = run(
+            graphdef, state, x, block.context, wanted=wanted, hessians=method.needs_hessians
+        )
+        total = observation.merged(total, observed)
+    return total
+
+
+# The output is left out of the program where nobody takes it: what only it needs is not computed.
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "apply", "compute_dtype", "wanted", "hessians")
+)
+def _run(
+    graphdef: Any,
+    state: Any,
+    x: Float[Array, "B T D"],
+    context: Any,
+    *,
+    apply: Callable[..., Any],
+    compute_dtype: Any,
+    wanted: tuple[str, ...],
+    hessians: bool,
+) -> tuple[Float[Array, "B T D"] | None, Observed]:
+    module = nnx.merge(graphdef, state)
+    result = []
+    observed = observation.observe(
+        module,
+        lambda: result.append(apply(module, x, context)),
+        hessians=hessians,
+        compute_dtype=compute_dtype,
+        wanted=wanted.__contains__,
+    )
+    return None if wanted else result[0], observed
+
+
+def _quantize_block(
+    block: Block,
+    paths: list[str],
+    assigned: Assignment,
+    method: Method,
+    observed: Observed | None,
+) -> dict[str, LayerReport]:
+    known: dict[str, Inputs] = {}
+    if observed is not None:
+        known = layer_quantization.inputs_of(observed, f"{block.path}/")
+        _check(known, method)
+    return {
+        path: layer_quantization.quantize_layer(path, assigned, method, known.get(path))
+        for path in paths
+    }
+
+
+def _check(known: dict[str, Inputs], method: Method) -> None:
+    """Refuses what no method can work with, before any work is done on it."""
+    for path, inputs in known.items():
+        found = inputs.statistics
+        if not bool(jnp.isfinite(found.magnitude).all()):
+            raise ValueError(
+                f"{path}: its inputs are not finite: weights before it are damaged or overflow"
+            )
+        if method.needs_hessians and int(found.rows) < len(found.magnitude):
+            raise ValueError(
+                f"{path}: {int(found.rows)} calibration tokens for {len(found.magnitude)} inputs; a "
+                f"Hessian of that many needs at least as many tokens, better ten times more"
+            )
+
+
+def _simulated(plain: nnx.Module, quantized: nnx.Module) -> nnx.Module:
+    """A plain block with the values of the quantized one, where only weights are quantized.
+
+    All blocks are one compiled program then. Where products quantize their activations, the QTensors
+    themselves take the weights' places.
+    """
+    theirs = dict(nnx_layers.quantizable_layers(quantized))
+    for path, layer in nnx_layers.quantizable_layers(plain):
+        q = nnx_layers.weight_of(theirs[path])
+        if not isinstance(q, QTensor):
+            continue
+        if q.activations is None:
+            nnx_layers.variable_of(layer).set_value(qtensor.dequantize(q))
+        else:
+            nnx_layers.install(layer, q)
+    return plain

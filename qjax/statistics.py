@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration keeps of the rows that a weight is multiplied with, however many they are.
+
+    hessian = sum_t x_t x_t^T,    low, high = extremes of each input,    magnitude = sum_t |x_t|
+
+The Hessian is that of the squared error of the weight's product, up to a factor of two: an error D of a
+``[k, n]`` weight changes the products by ``sum_t |x_t D|^2 = tr(D^T hessian D)``.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Num
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """Sums and extremes over calibration rows of ``k`` inputs.
+
+    Attributes:
+      hessian: ``sum x x^T``, ``[k, k]``, float32; None where nobody asked for it.
+      low: least value of each input, ``[k]``, float32.
+      high: greatest value, ``[k]``, float32.
+      magnitude: ``sum |x|``, ``[k]``, float32.
+      rows: how many there were, int32.
+    """
+
+    hessian: Float[Array, "k k"] | None
+    low: Float[Array, " k"]
+    high: Float[Array, " k"]
+    magnitude: Float[Array, " k"]
+    rows: Int[Array, ""]
+
+    @property
+    def absmax(self) -> Float[Array, " k"]:
+        """The largest magnitude of each input."""
+        return jnp.maximum(-self.low, self.high)
+
+    @property
+    def mean_magnitude(self) -> Float[Array, " k"]:
+        """``mean |x|`` of each input."""
+        return self.magnitude / self.rows
+
+    def divided_by(self, scale: Float[Array, " k"]) -> "InputStatistics":
+        """The statistics of ``x / scale``, without reading a row again; scales are positive."""
+        hessian = self.hessian
+        if hessian is not None:
+            hessian = hessian / (scale[:, None] * scale)
+        return InputStatistics(
+            hessian=hessian,
+            low=self.low / scale,
+            high=self.high / scale,
+            magnitude=self.magnitude / scale,
+            rows=self.rows,
+        )
+
+
+def of_rows(x: Num[Array, "rows k"], *, hessian: bool) -> InputStatistics:
+    """The statistics of some rows.
+
+    Args:
+      x: rows that a ``[k, n]`` weight is multiplied with.
+      hessian: whether to take the Hessian too.
+    """
+    wide = x.astype(jnp.float32)
+    return InputStatistics(
+        hessian=_gram(x) if hessian else None,
+        low=jnp.min(wide, axis=0),
+        high=jnp.max(wide, axis=0),
+        magnitude=jnp.sum(jnp.abs(wide), axis=0),
+        rows=jnp.int32(x.shape[0]),
+    )
+
+
+def merged(a: InputStatistics, b: InputStatistics) -> InputStatistics:
+    """The statistics of the rows of both."""
+    return InputStatistics(
+        hessian=None if a.hessian is None or b.hessian is None else a.hessian + b.hessian,
+        low=jnp.minimum(a.low, b.low),
+        high=jnp.maximum(a.high, b.high),
+        magnitude=a.magnitude + b.magnitude,
+        rows=a.rows + b.rows,
+    )
+
+
+@jax.jit
+def relative_output_error(
+    w: Float[Array, "k n"], near: Float[Array, "k n"], hessian: Float[Array, "k k"]
+) -> Float[Array, ""]:
+    """``|X w - X near| / |X w|`` over the calibration rows ``X``, from their Hessian."""
+    w = w.astype(jnp.float32)
+    wrong = w - near.astype(jnp.float32)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.sqrt(_energy(wrong, hessian) / jnp.maximum(_energy(w, hessian), tiny))
+
+
+def _energy(d: Float[Array, "k n"], hessian: Float[Array, "k k"]) -> Float[Array, ""]:
+    """``tr(d^T hessian d)``; rounding may leave a tiny sum below zero."""
+    return jnp.maximum(jnp.sum(d * jnp.matmul(hessian, d, precision="highest")), 0.0)
+
+
+# Columns of the Hessian that are computed at once: blocks above the diagonal are not. More blocks leave
+# out more, up to half, and make each product smaller.
+_STRIPS = 4
+
+
+def _gram(x: Num[Array, "rows k"]) -> Float[Array, "k k"]:
+    """``x^T x`` in float32, from its lower triangle of blocks.
+
+    Products of 16-bit floats are exact in float32, where the tensor cores of a GPU add them up; float32
+    is multiplied as such and not in fewer bits.
+    """
+    width = math.ceil(x.shape[1] / _STRIPS)
+    strips = [x[:, i : i + width] for i in range(0, x.shape[1], width)]
+    lower = [[_product(a, b) for b in strips[: i + 1]] for i, a in enumerate(strips)]
+    rows = [
+        lower[i] + [lower[j][i].T for j in range(i + 1, len(strips))] for i in range(len(strips))
+    ]
+    return jnp.concatenate([jnp.concatenate(row, axis=1) for row in rows])
+
+
+def _product(a: Num[Array, "rows i"], b: Num[Array, "rows j"]) -> Float[Array, "i j"]:
+    over_rows = (((0,), (0,)), ((), ()))
+    return lax.dot_general(a, b, over_rows, precision="highest", preferred_element_type=jnp.float32)
