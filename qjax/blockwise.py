@@ -46,7 +46,6 @@ class Fold:
       offset: a norm multiplies by ``offset + weight``.
       head_size: channels of a head, where ``x`` is heads of values that attention mixed; else None.
       queries_per_head: how many times each head of the producer stands in ``x``, one after the other.
-      judged: path of the part of the block whose output tells what rounding the consumers costs.
     """
 
     producer: Channels
@@ -54,7 +53,6 @@ class Fold:
     offset: float = 0.0
     head_size: int | None = None
     queries_per_head: int = 1
-    judged: str
 
 
 @dataclass(frozen=True, kw_only=True)

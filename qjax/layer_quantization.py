@@ -90,8 +90,9 @@ def _quantize(
     damping = None
     if method.rounding is None or inputs is None:
         stacked = nnx_layers.stacked_axes(layer)
+        hessian = None if inputs is None else inputs.statistics.hessian
         q = round_nearest.quantize(
-            w, scheme, axis=axis, stacked=stacked, search=method.search, name=path
+            w, scheme, axis=axis, stacked=stacked, search=method.search, hessian=hessian, name=path
         )
     else:
         factor = inputs.factor(method.rounding, scheme.weights.group_size)
@@ -109,7 +110,7 @@ def _quantize(
     return LayerReport(
         path=path,
         scheme=scheme.name,
-        method="rtn" if damping is None else method.name,
+        method=method.name if inputs is not None or not method.calibrated else "rtn",
         shape=tuple(w.shape),
         relative_output_error=float(error),
         bytes_before=w.nbytes,

@@ -82,6 +82,19 @@ def observe(
     )
 
 
+def computed(module: nnx.Module, run: Callable[[], Any], *, compute_dtype: Any) -> Any:
+    """What a model gives when its layers compute in another dtype; see :func:`observe`."""
+    result = []
+    observe(
+        module,
+        lambda: result.append(run()),
+        hessians=False,
+        compute_dtype=compute_dtype,
+        wanted=lambda path: False,
+    )
+    return result[0]
+
+
 def merged(a: Observed | None, b: Observed) -> Observed:
     """What both saw of the same layers."""
     if a is None:

@@ -23,7 +23,7 @@ def quantize_model(
     observed: Observed | None = None,
     *,
     method: str | Method = "rtn",
-    search: RangeSearch = RangeSearch(),  # noqa: B008  frozen
+    search: RangeSearch | None = None,
     on_layer: Callable[[str], None] = lambda path: None,
 ) -> tuple[Model, QuantizationReport]:
     """Quantizes the weights of a Flax NNX model.
@@ -38,7 +38,7 @@ def quantize_model(
         model; :func:`qjax.quantize_sequentially` lets each see the quantized ones before it.
       method: how weights are rounded, or its name. Layers that were not observed, and tables of
         embeddings, are rounded to nearest; the report says so.
-      search: how the range of each tile is chosen, where ``method`` is a name.
+      search: how the range of each tile is chosen, where ``method`` is a name; None: as suits it.
       on_layer: called with the path of each layer before it is quantized; for progress bars.
 
     Returns:
@@ -58,6 +58,11 @@ def quantize_model(
       ('layers/0', 8704)
     """
     method = Method.parse(method, search) if isinstance(method, str) else method
+    if method.rescaling is not None:
+        raise ValueError(
+            f"{method.name} folds factors into what feeds a layer, which a whole model does not tell; "
+            "qjax.quantize_sequentially takes it block by block"
+        )
     if method.calibrated and observed is None:
         raise ValueError(
             f"{method.name} needs what the layers multiply: give qjax.calibrate's result"

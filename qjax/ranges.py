@@ -2,8 +2,9 @@
 """From a range of values to the scale and zero that a tile is stored with.
 
 A range is a pair (low, high) a tile that its codes shall reach. Absmax takes the true extremes; the
-percentile cuts outliers off; the MSE search shrinks the extremes step by step and keeps what rounds
-with the least error.
+percentile cuts outliers off; two searches shrink the extremes step by step and keep what rounds with
+the least error: of the weights themselves (mse), or of what they are multiplied to (output), which takes
+the Hessian of the layer's input.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from qjax import formats, tiles
@@ -26,21 +28,23 @@ class RangeSearch:
     Attributes:
       method: see the module's docstring.
       percentile: percent of a tile's magnitudes inside the range; percentile method only.
-      steps: candidates of the MSE search, from the full range down.
+      steps: candidates of a search, from the full range down.
       max_shrink: share of the range that the last candidate gives up.
-      norm: exponent of the error. The defaults of the search are those of the GPTQ code (Frantar et
-        al., 2023): 80 candidates, a hundredth apart, and 2.4.
+      norm: exponent of the error of weights. The defaults of the search are those of the GPTQ code
+        (Frantar et al., 2023): 80 candidates, a hundredth apart, and 2.4.
     """
 
-    method: Literal["absmax", "percentile", "mse"] = "absmax"
+    method: Literal["absmax", "percentile", "mse", "output"] = "absmax"
     percentile: float = 99.9
     steps: int = 80
     max_shrink: float = 0.8
     norm: float = 2.4
 
     def __post_init__(self):  # noqa: D105
-        if self.method not in ("absmax", "percentile", "mse"):
-            raise ValueError(f"a range is found by absmax, percentile or mse, got {self.method!r}")
+        if self.method not in ("absmax", "percentile", "mse", "output"):
+            raise ValueError(
+                f"a range is found by absmax, percentile, mse or output, got {self.method!r}"
+            )
         if not 0 < self.percentile <= 100:
             raise ValueError(f"a percentile lies in (0, 100], got {self.percentile=}")
         if self.steps < 1 or not 0 <= self.max_shrink < 1:
@@ -66,7 +70,11 @@ class Grid(NamedTuple):
 
 
 def find_grid(
-    w: Float[Array, "..."], scheme: WeightScheme, tile: tuple[int, ...], search: RangeSearch
+    w: Float[Array, "..."],
+    scheme: WeightScheme,
+    tile: tuple[int, ...],
+    search: RangeSearch,
+    hessian: Float[Array, "k k"] | None = None,
 ) -> Grid:
     """Chooses the scale and zero of each tile.
 
@@ -75,6 +83,8 @@ def find_grid(
       scheme: format, symmetry and how scales are stored.
       tile: tile length for each axis.
       search: how the range is chosen.
+      hessian: of the inputs of a ``[k, n]`` weight with tiles of inputs, for the output search; without
+        it, and for other tiles, every input counts alike.
 
     Returns:
       One entry a tile.
@@ -86,7 +96,14 @@ def find_grid(
         return _grid(low * shrink, high * shrink, scheme, w.dtype, tensor_scale)
 
     if search.method == "mse":
-        return shrunk(_least_error(w, scheme.format, tile, search, shrunk))
+        return shrunk(
+            _least_error(w, scheme.format, tile, search, shrunk, _power(tile, search.norm))
+        )
+    if search.method == "output":
+        cost = _power(tile, 2.0)
+        if hessian is not None and w.ndim == 2 and tile[1] == 1:
+            cost = _of_products(hessian, tile)
+        return shrunk(_least_error(w, scheme.format, tile, search, shrunk, cost))
     return shrunk(1.0)
 
 
@@ -226,17 +243,17 @@ def _least_error(
     tile: tuple[int, ...],
     search: RangeSearch,
     shrunk: Callable[[Any], Grid],
+    cost: Callable[[Any], Float[Array, "..."]],
 ) -> Float[Array, "..."]:
-    """How far to shrink each tile's range for the least ``sum |w - dequantized|**norm``."""
+    """How far to shrink each tile's range for the least cost of ``w - dequantized``, tile by tile."""
 
     def error(shrink):
         grid = shrunk(shrink)
         values = formats.decode(encode(w, grid, fmt, tile), fmt)
         if grid.zero is not None:
             values = values - tiles.spread(grid.zero, tile, w.shape).astype(jnp.float32)
-        wrong = jnp.abs(values * tiles.spread(grid.step, tile, w.shape) - w.astype(jnp.float32))
-        wrong = jnp.where(jnp.isfinite(w), wrong, 0.0)
-        return jnp.sum(tiles.split(wrong**search.norm, tile), axis=tiles.inner_axes(tile))
+        wrong = values * tiles.spread(grid.step, tile, w.shape) - w.astype(jnp.float32)
+        return cost(jnp.where(jnp.isfinite(w), wrong, 0.0))
 
     def keep_better(i, best):
         best_error, best_shrink = best
@@ -248,3 +265,30 @@ def _least_error(
     unshrunk = error(1.0)
     start = unshrunk, jnp.ones_like(unshrunk)
     return jax.lax.fori_loop(1, search.steps, keep_better, start)[1]
+
+
+def _power(tile: tuple[int, ...], norm: float) -> Callable[[Any], Float[Array, "..."]]:
+    """``sum |wrong|**norm`` of each tile."""
+    return lambda wrong: jnp.sum(
+        tiles.split(jnp.abs(wrong) ** norm, tile), axis=tiles.inner_axes(tile)
+    )
+
+
+def _of_products(
+    hessian: Float[Array, "k k"], tile: tuple[int, ...]
+) -> Callable[[Any], Float[Array, "..."]]:
+    """``sum_t (x_t wrong)^2`` over calibration rows, of each tile of inputs as if it were alone."""
+    size, k = tile[0], len(hessian)
+    count = -(-k // size)
+    padded = jnp.pad(hessian, ((0, count * size - k),) * 2)
+    # The blocks on the diagonal: inputs of one tile with each other.
+    blocks = jnp.stack(
+        [lax.dynamic_slice(padded, (i * size, i * size), (size, size)) for i in range(count)]
+    )
+
+    def cost(wrong: Float[Array, "k n"]) -> Float[Array, "tiles n"]:
+        split = tiles.split(wrong, tile)[:, :, :, 0]  # [tiles, size, n]
+        moved = jnp.einsum("tab,tbn->tan", blocks, split, precision="highest")
+        return jnp.sum(split * moved, axis=1)
+
+    return cost

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qjax import assignment, layer_quantization, nnx_layers, observation, qtensor
+from qjax import assignment, layer_quantization, nnx_layers, observation, rescaling
 from qjax.assignment import Assignment
 from qjax.blockwise import Block, Blockwise
 from qjax.layer_quantization import Inputs
@@ -37,7 +37,7 @@ def quantize_sequentially(
     recipe: str | Recipe,
     *,
     method: str | Method,
-    search: RangeSearch = RangeSearch(),  # noqa: B008  frozen
+    search: RangeSearch | None = None,
     batch_size: int = 8,
     on_step: Callable[[str], None] = lambda what: None,
 ) -> tuple[Model, QuantizationReport]:
@@ -51,7 +51,7 @@ def quantize_sequentially(
       tokens: calibration windows.
       recipe: which layers are held how; a scheme's name means that scheme everywhere.
       method: how weights are rounded, or its name.
-      search: how the range of each tile is chosen, where ``method`` is a name.
+      search: how the range of each tile is chosen, where ``method`` is a name; None: as suits it.
       batch_size: windows at once; results do not depend on it but for the order of sums.
       on_step: called with what was done, ``2 * blocks`` times; for progress bars.
 
@@ -67,22 +67,21 @@ def quantize_sequentially(
     result = copied(model)
     assigned = assignment.assign(result, recipe)
     blockwise = chain(result, tokens.shape[1])
-    compute_dtype = _compute_dtype()
+    run = functools.partial(_run, apply=blockwise.apply, compute_dtype=_compute_dtype())
     batches = np.array_split(tokens, range(batch_size, len(tokens), batch_size))
-    hidden = [_entered(blockwise, batch, compute_dtype) for batch in batches]
+    hidden = [_entered(blockwise, batch) for batch in batches]
     done: dict[str, LayerReport] = {}
-    for number, block in enumerate(blockwise.blocks):
+    for block in blockwise.blocks:
         paths = [path for path in assigned.quantized if path.startswith(f"{block.path}/")]
-        run = functools.partial(_run, apply=blockwise.apply, compute_dtype=compute_dtype)
         observed = _observed(block, hidden, paths, method, run)
         on_step(f"{block.path} observed")
+        if observed is not None and method.rescaling is not None:
+            observed = _rescaled(block, observed, hidden, assigned, method.rescaling, blockwise)
         plain = copied(block.module)
         done |= _quantize_block(block, paths, assigned, method, observed)
-        if number + 1 < len(blockwise.blocks):
+        if block is not blockwise.blocks[-1]:
             graphdef, state = nnx.split(_simulated(plain, block.module))
-            hidden = [
-                run(graphdef, state, x, block.context, wanted=(), hessians=False)[0] for x in hidden
-            ]
+            hidden = [_output(run(graphdef, state, x, block.context)) for x in hidden]
         on_step(f"{block.path} quantized")
     for path in assigned.layers:
         if path not in done:
@@ -98,9 +97,34 @@ def _compute_dtype() -> Any:
     return jnp.float32 if jax.default_backend() == "cpu" else None
 
 
-def _entered(blockwise: Blockwise, batch: np.ndarray, compute_dtype: Any) -> Array:
+def _entered(blockwise: Blockwise, batch: np.ndarray) -> Array:
     x = blockwise.enter(jnp.asarray(batch))
-    return x if compute_dtype is None else x.astype(compute_dtype)
+    return x.astype(_compute_dtype() or x.dtype)
+
+
+def _output(ran: tuple[Array | None, Observed]) -> Array:
+    output, _ = ran
+    assert output is not None  # of a run in which nothing is watched
+    return output
+
+
+def _rescaled(
+    block: Block,
+    observed: Observed,
+    hidden: list[Array],
+    assigned: Assignment,
+    options: rescaling.Rescaling,
+    blockwise: Blockwise,
+) -> Observed:
+    schemes = {
+        path: assigned.scheme(f"{block.path}/{path}")
+        for layers in observed.layers
+        for path in layers
+    }
+    observed, _ = rescaling.rescale(
+        block, observed, schemes, options, _samples(hidden), blockwise.apply, _compute_dtype()
+    )
+    return observed
 
 
 def _observed(
@@ -132,8 +156,8 @@ def _run(
     *,
     apply: Callable[..., Any],
     compute_dtype: Any,
-    wanted: tuple[str, ...],
-    hessians: bool,
+    wanted: tuple[str, ...] = (),
+    hessians: bool = False,
 ) -> tuple[Float[Array, "B T D"] | None, Observed]:
     module = nnx.merge(graphdef, state)
     result = []
@@ -188,10 +212,13 @@ def _simulated(plain: nnx.Module, quantized: nnx.Module) -> nnx.Module:
     theirs = dict(nnx_layers.quantizable_layers(quantized))
     for path, layer in nnx_layers.quantizable_layers(plain):
         q = nnx_layers.weight_of(theirs[path])
-        if not isinstance(q, QTensor):
-            continue
-        if q.activations is None:
-            nnx_layers.variable_of(layer).set_value(qtensor.dequantize(q))
-        else:
-            nnx_layers.install(layer, q)
+        if isinstance(q, QTensor):
+            rescaling.simulate(layer, q)
     return plain
+
+
+def _samples(hidden: list[Array], most: int = 4096) -> Float[Array, "B T D"]:
+    """Some windows, spread over all, of about so many tokens."""
+    windows = jnp.concatenate(hidden)
+    count = max(1, most // windows.shape[1])
+    return windows[:: max(1, len(windows) // count)][:count]

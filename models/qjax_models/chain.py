@@ -70,20 +70,17 @@ def _folds(config: DecoderConfig) -> tuple[Fold, ...]:
             producer=Channels(path="input_layernorm"),
             consumers=queries_keys_values,
             offset=config.norm_offset,
-            judged="self_attn",
         ),
         Fold(
             producer=values,
             consumers=("self_attn/o_proj",),
             head_size=config.head_size,
             queries_per_head=config.queries_per_kv_head,
-            judged="self_attn/o_proj",
         ),
         Fold(
             producer=Channels(path=before_mlp),
             consumers=gate_up,
             offset=config.norm_offset,
-            judged="mlp",
         ),
-        Fold(producer=up, consumers=("mlp/down_proj",), judged="mlp/down_proj"),
+        Fold(producer=up, consumers=("mlp/down_proj",)),
     )

@@ -95,12 +95,14 @@ class Factor(NamedTuple):
     """A Hessian made ready for any number of weights that share it.
 
     Attributes:
+      hessian: as it was summed, inputs in their own order.
       upper: ``[k, k]``, of the inverse of the damped Hessian, inputs in ``order``.
       order: ``[k]``, the input that is taken at each step.
       dead: ``[k]``, inputs that were zero in every row; not in ``order``.
       damping: the share that was needed.
     """
 
+    hessian: Float[Array, "k k"]
     upper: Float[Array, "k k"]
     order: Int[Array, " k"]
     dead: Bool[Array, " k"]
@@ -125,10 +127,10 @@ def factor(
     """
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
-    hessian = hessian + jnp.diag(dead.astype(jnp.float32))
+    living = hessian + jnp.diag(dead.astype(jnp.float32))
     diagonal = jnp.where(dead, 1.0, diagonal)
     order = _order(diagonal, options.order, group_size or len(diagonal))
-    reverse = hessian[order][:, order][::-1, ::-1]
+    reverse = living[order][:, order][::-1, ::-1]
     mean = jnp.mean(diagonal)
 
     def factorized(damping: Float[Array, ""]) -> Float[Array, "k k"]:
@@ -147,7 +149,9 @@ def factor(
     identity = jnp.eye(len(diagonal), dtype=jnp.float32)
     inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
     damping = jnp.where(jnp.isfinite(lower).all(), damping, jnp.nan)
-    return Factor(upper=inverse[::-1, ::-1], order=order, dead=dead, damping=damping)
+    return Factor(
+        hessian=hessian, upper=inverse[::-1, ::-1], order=order, dead=dead, damping=damping
+    )
 
 
 def _order(diagonal: Float[Array, " k"], order: Order, size: int) -> Int[Array, " k"]:
@@ -239,7 +243,7 @@ def _quantize(
         _nearest, fmt=weights.format, dtype=w.dtype if options.exact_peer else jnp.float32
     )
     if options.grids == "original":
-        grid = ranges.find_grid(w, weights, tile, search)
+        grid = ranges.find_grid(w, weights, tile, search, factor.hessian)
         step, zero = (leaf[factor.order] for leaf in _steps(grid, w.shape, tile, axes))
         steps = Steps(_filled(step, BLOCK, 1.0), _filled(zero, BLOCK, 0.0))
 
@@ -253,8 +257,9 @@ def _quantize(
         size = weights.group_size or len(rows)
 
         def updated(start: Int[Array, ""], rows: Float[Array, "b n"]) -> tuple[Steps, Grid]:
-            del start
-            grid = ranges.find_grid(rows.astype(w.dtype), weights, (size, 1), search)
+            members = lax.dynamic_slice_in_dim(factor.order, start, size)
+            hessian = factor.hessian[members][:, members]
+            grid = ranges.find_grid(rows.astype(w.dtype), weights, (size, 1), search, hessian)
             return _steps(grid, rows.shape, (size, 1), (-2,)), grid
 
         codes, grids = _rounded(rows[factor.order], factor.upper, size, updated, nearest)

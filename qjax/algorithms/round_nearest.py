@@ -27,6 +27,7 @@ def quantize(
     axis: int | tuple[int, ...] | None = None,
     stacked: int = 0,
     search: RangeSearch = RangeSearch(),  # noqa: B008  frozen
+    hessian: Float[Array, "k k"] | None = None,
     name: str = "array",
 ) -> QTensor:
     """Quantizes an array by rounding to nearest.
@@ -39,6 +40,7 @@ def quantize(
       stacked: how many leading axes only stack weights, as those of scanned layers do: each weight
         gets the scales that it would get alone, and a scan takes them apart again.
       search: how the range of each tile is chosen.
+      hessian: of the inputs that a ``[k, n]`` weight is multiplied with, for the output search.
       name: what errors call the array, such as its path in a model.
 
     Returns:
@@ -60,7 +62,7 @@ def quantize(
         raise ValueError(f"{name}: need floats to quantize, got {w.dtype} of shape {w.shape}")
     axes = contraction(w.ndim - stacked, axis, name)
     tile = tile_of(w.shape[stacked:], parsed.weights, axes, name)
-    q, has_nan = _quantize(w, parsed, axes, tile, stacked, search)
+    q, has_nan = _quantize(w, parsed, axes, tile, stacked, search, hessian)
     if not isinstance(has_nan, Tracer) and bool(has_nan):
         raise ValueError(f"{name}: NaN among the weights; a number is needed everywhere")
     return q
@@ -133,10 +135,16 @@ def contraction(ndim: int, axis: int | tuple[int, ...] | None, name: str) -> tup
 
 @functools.partial(jax.jit, static_argnames=("scheme", "axis", "tile", "stacked", "search"))
 def _quantize(
-    w: Float[Array, "..."], scheme: Scheme, axis: Any, tile: Any, stacked: int, search: RangeSearch
+    w: Float[Array, "..."],
+    scheme: Scheme,
+    axis: Any,
+    tile: Any,
+    stacked: int,
+    search: RangeSearch,
+    hessian: Float[Array, "k k"] | None,
 ) -> tuple[QTensor, Bool[Array, ""]]:
     def one(w: Float[Array, "..."]) -> QTensor:
-        grid = ranges.find_grid(w, scheme.weights, tile, search)
+        grid = ranges.find_grid(w, scheme.weights, tile, search, hessian)
         return QTensor.from_codes(
             ranges.encode(w, grid, scheme.weights.format, tile),
             grid.scale,

@@ -44,7 +44,7 @@ class Options:
 
 
 # The paper takes 0.5 for most models and up to 0.9 where activations have extreme outliers.
-STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def scale(

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Working through a model block by block: statistics, folds, and what each block sees."""
+
+import dataclasses
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax import folding, nnx_layers, observation, qtensor, statistics
+from qjax.blockwise import Block, Blockwise, Channels, Fold
+from qjax.method import Method, names
+from qjax.nnx_layers import quantized_layers
+
+WIDTH, INNER, TOKENS = 16, 24, (6, 40)
+
+
+class MLP(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
+        self.gate = nnx.Linear(WIDTH, INNER, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, INNER, rngs=rngs)
+        self.down = nnx.Linear(INNER, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        normed = self.norm(x)
+        return x + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(32, WIDTH, rngs=rngs)
+        self.blocks = nnx.List([MLP(rngs) for _ in range(3)])
+        self.lm_head = nnx.Linear(WIDTH, 32, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+
+FOLDS = (
+    Fold(producer=Channels(path="norm"), consumers=("gate", "up")),
+    Fold(producer=Channels(path="up"), consumers=("down",)),
+)
+
+
+def apply(block, x, context):
+    del context
+    return block(x)
+
+
+def chain(model: Model, length: int) -> Blockwise:
+    del length
+    blocks = tuple(
+        Block(path=f"blocks/{i}", module=block, context=None, folds=FOLDS)
+        for i, block in enumerate(model.blocks)
+    )
+    return Blockwise(blocks=blocks, enter=model.embed, apply=apply)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    model = Model(nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for block in model.blocks:
+        block.norm.scale.set_value(jnp.asarray(rng.uniform(0.5, 4.0, WIDTH), jnp.float32))
+        block.up.bias.set_value(jnp.asarray(rng.standard_normal(INNER), jnp.float32))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 32, TOKENS).astype(np.int32)
+
+
+def test_statistics_are_those_of_all_rows():
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((50, 7)).astype(np.float32)
+    whole = statistics.merged(
+        statistics.of_rows(jnp.asarray(x[:30]), hessian=True),
+        statistics.of_rows(jnp.asarray(x[30:]), hessian=True),
+    )
+    np.testing.assert_allclose(whole.hessian, x.astype(np.float64).T @ x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(whole.absmax, np.abs(x).max(0))
+    np.testing.assert_allclose(whole.mean_magnitude, np.abs(x).mean(0), rtol=1e-5)
+    assert int(whole.rows) == 50
+    scale = rng.uniform(0.5, 2, 7).astype(np.float32)
+    divided = statistics.of_rows(jnp.asarray(x / scale), hessian=True)
+    expected = jax.tree.leaves(whole.divided_by(jnp.asarray(scale)))
+    for ours, theirs in zip(jax.tree.leaves(divided), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 130])
+def test_a_hessian_is_whole_whatever_its_size(k):
+    x = np.random.default_rng(k).standard_normal((20, k)).astype(np.float32)
+    found = statistics.of_rows(jnp.asarray(x), hessian=True).hessian
+    np.testing.assert_allclose(found, x.astype(np.float64).T @ x, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found, np.asarray(found).T, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_share_an_input_share_its_statistics(model):
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((2, 5, WIDTH)), jnp.float32)
+
+    @jax.jit
+    def observed(graphdef, state, x):
+        block = nnx.merge(graphdef, state)
+        return observation.observe(block, lambda: block(x), hessians=True)
+
+    block = model.blocks[0]
+    found = observed(*nnx.split(block), x)
+    assert found.layers == (("gate", "up"), ("down",))
+    assert "up" in found and "norm" not in found
+    normed = np.asarray(block.norm(x), np.float64).reshape(-1, WIDTH)
+    np.testing.assert_allclose(found["up"].hessian, normed.T @ normed, rtol=1e-4, atol=1e-3)
+    inner = np.asarray(jax.nn.silu(block.gate(block.norm(x))) * block.up(block.norm(x)))
+    np.testing.assert_allclose(found["down"].high, inner.reshape(-1, INNER).max(0), rtol=1e-5)
+
+
+def test_other_layers_are_flattened_as_their_weights_are():
+    rngs = nnx.Rngs(0)
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((3, 5, 2, 4)), jnp.float32)
+    general = nnx.LinearGeneral((2, 4), (6,), axis=(-2, -1), rngs=rngs)
+    einsum = nnx.Einsum("...nh,nhd->...d", (2, 4, 6), rngs=rngs)
+    for layer in (general, einsum):
+        rows = nnx_layers.rows_of(layer, x)
+        kernel = np.asarray(layer.kernel.get_value()).reshape(8, 6)
+        expected = layer(x) if layer.bias is None else layer(x) - layer.bias.get_value()
+        np.testing.assert_allclose((rows @ kernel).reshape(3, 5, 6), expected, rtol=1e-5, atol=1e-5)
+    batched = nnx.Einsum("bnh,nhd->bnd", (2, 4, 6), rngs=rngs)
+    with pytest.raises(ValueError, match="a batch of them"):
+        nnx_layers.rows_of(batched, x[0])
+
+
+@pytest.mark.parametrize("where", FOLDS, ids=["norm", "up"])
+def test_a_fold_changes_nothing_but_the_channels(model, where):
+    block = nnx.clone(model.blocks[0])
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((2, 5, WIDTH)), jnp.float32)
+    before = block(x)
+    inputs = nnx_layers.weight_of(getattr(block, where.consumers[0])).shape[0]
+    scale = jnp.asarray(np.random.default_rng(6).uniform(0.2, 5, inputs), jnp.float32)
+    kernel = np.asarray(getattr(block, where.consumers[0]).kernel.get_value())
+    folding.fold(block, where, scale)
+    np.testing.assert_allclose(block(x), before, rtol=1e-4, atol=1e-5)
+    moved = getattr(block, where.consumers[0]).kernel.get_value()
+    np.testing.assert_allclose(moved, kernel * np.asarray(scale)[:, None], rtol=1e-6)
+
+
+def test_norms_with_an_offset_fold_with_it():
+    class Norm(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.array([0.5, -0.25]))
+
+    class Pair(nnx.Module):
+        def __init__(self):
+            self.norm, self.up = Norm(), nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
+
+    pair = Pair()
+    where = Fold(producer=Channels(path="norm"), consumers=("up",), offset=1.0)
+    folding.fold(pair, where, jnp.array([3.0, 0.5]))
+    np.testing.assert_allclose(1 + pair.norm.weight.get_value(), [0.5, 1.5], rtol=1e-6)
+
+
+def test_heads_of_values_stand_once_for_each_query_head():
+    where = Fold(
+        producer=Channels(path="v"), consumers=("o",), head_size=2, queries_per_head=3
+    )  # fmt: skip
+    scale = jnp.arange(1.0, 5.0)
+    assert folding.spread(where, scale).tolist() == [1, 2, 1, 2, 1, 2, 3, 4, 3, 4, 3, 4]
+    np.testing.assert_array_equal(
+        folding.gathered(where, folding.spread(where, scale)), np.tile([1, 2, 3, 4], (3, 1))
+    )
+
+
+@pytest.mark.parametrize("method", names())
+@pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8"])
+def test_every_method_and_a_bound_on_what_it_costs(model, tokens, method, scheme):
+    quantized, report = qjax.quantize_sequentially(model, chain, tokens, scheme, method=method)
+    assert [layer.method for layer in report.quantized] == [method] * 9
+    assert {layer.path for layer in report.unquantized} == {"embed", "lm_head"}
+    assert all(q.scheme.name == scheme for q in quantized_layers(quantized).values())
+    exact, near = np.asarray(model(tokens)), np.asarray(quantized(tokens))
+    assert np.linalg.norm(near - exact) < 0.25 * np.linalg.norm(exact)
+    assert not quantized_layers(model)
+
+
+def test_each_block_sees_the_quantized_ones_before_it(model, tokens):
+    """Done by hand, with the Hessians of what the quantized model itself makes of the tokens."""
+    quantized, report = qjax.quantize_sequentially(
+        model, chain, tokens, "w4a16-g8", method="gptq", batch_size=4
+    )
+    by_path = {layer.path: layer for layer in report.layers}
+    x = np.asarray(model.embed(tokens))
+    for i, block in enumerate(model.blocks):
+        rows = np.asarray(block.norm(jnp.asarray(x))).reshape(-1, WIDTH)
+        w = np.asarray(block.up.kernel.get_value())
+        q = quantized_layers(quantized)[f"blocks/{i}/up"]
+        wrong = rows @ (np.asarray(qtensor.dequantize(q)) - w)
+        expected = np.linalg.norm(wrong) / np.linalg.norm(rows @ w)
+        entry = by_path[f"blocks/{i}/up"]
+        assert entry.relative_output_error == pytest.approx(expected, rel=1e-3)
+        assert entry.calibration_rows == tokens.size and entry.damping == pytest.approx(0.01)
+        x = np.asarray(quantized.blocks[i](jnp.asarray(x)))
+
+
+def test_batches_and_devices_do_not_show(model, tokens):
+    whole, _ = qjax.quantize_sequentially(model, chain, tokens, "w4a16-g8", method="gptq")
+    cut, _ = qjax.quantize_sequentially(
+        model, chain, tokens, "w4a16-g8", method="gptq", batch_size=4
+    )
+    same = [
+        np.mean(np.asarray(qtensor.unpacked(a)) == np.asarray(qtensor.unpacked(b)))
+        for a, b in zip(*(quantized_layers(m).values() for m in (whole, cut)), strict=True)
+    ]
+    assert min(same) > 0.98  # sums of another order may fall to the other side of a tie
+
+
+def test_layers_outside_the_blocks_are_rounded_to_nearest(model, tokens):
+    recipe = qjax.Recipe.from_json([["lm_head", "w8a16-channel"], [".*", "w4a16-g8"]])
+    quantized, report = qjax.quantize_sequentially(model, chain, tokens, recipe, method="gptq")
+    (head,) = (layer for layer in report.layers if layer.path == "lm_head")
+    assert head.method == "rtn" and head.scheme == "w8a16-channel"
+    assert "lm_head" in quantized_layers(quantized)
+
+
+def test_too_few_tokens_are_refused_before_any_rounding(model, tokens):
+    with pytest.raises(ValueError, match="blocks/0/down: 20 calibration tokens for 24 inputs"):
+        qjax.quantize_sequentially(model, chain, tokens[:1, :20], "w4a16-g8", method="gptq")
+
+
+def test_activations_that_are_not_finite_are_named(model, tokens):
+    damaged = nnx.clone(model)
+    kernel = damaged.blocks[1].up.kernel.get_value()
+    damaged.blocks[1].up.kernel.set_value(kernel.at[0, 0].set(1e38))
+    with pytest.raises(ValueError, match="blocks/1/down: its inputs are not finite"):
+        qjax.quantize_sequentially(damaged, chain, tokens, "w4a16-g8", method="awq")
+
+
+def test_the_whole_model_at_once_takes_what_it_was_shown(model, tokens):
+    with pytest.raises(ValueError, match="gptq needs what the layers multiply"):
+        qjax.quantize_model(model, "w4a16-g8", method="gptq")
+    with pytest.raises(ValueError, match="quantize_sequentially takes it block by block"):
+        qjax.quantize_model(model, "w4a16-g8", qjax.calibrate(model, [tokens]), method="awq")
+    observed = qjax.calibrate(model, [tokens[:2], tokens[2:]])
+    quantized, report = qjax.quantize_model(model, "w4a16-g8", observed, method="gptq")
+    assert {layer.method for layer in report.quantized} == {"gptq"}
+    first = {layer.path: layer.relative_output_error for layer in report.quantized}
+    by_block, expected = qjax.quantize_sequentially(model, chain, tokens, "w4a16-g8", method="gptq")
+    theirs = {layer.path: layer.relative_output_error for layer in expected.quantized}
+    assert first["blocks/0/up"] == pytest.approx(theirs["blocks/0/up"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["", "gptqq", "gptq+awq", "awq+awq", "awq+", "rtn+gptq"])
+def test_unknown_methods_are_named(name):
+    with pytest.raises(ValueError, match="unknown method"):
+        Method.parse(name)
+
+
+def test_methods_read_their_own_names():
+    for name in names():
+        assert Method.parse(name).name == name
+    assert dataclasses.replace(Method.parse("gptq"), rounding=None).name == "rtn"
