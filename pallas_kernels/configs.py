@@ -62,9 +62,11 @@ def config_for(product: Product, device: str | None = None) -> Config:
     kind = jax.devices()[0].device_kind if device is None else device
     entries = tuned().get(kind, tuned()[_NEAREST_DEVICE])
     bucket = next((b for b in BUCKETS if product.m <= b), BUCKETS[-1])
-    tuned_for = ((entry, product_of(entry)) for entry in entries)
     wanted = dataclasses.replace(product, m=bucket)
-    near = [(entry, other) for entry, other in tuned_for if _shape(other) == _shape(wanted)]
+    shape = wanted.m, wanted.k, wanted.n
+    entries = (entry for entry in entries if (entry["m"], entry["k"], entry["n"]) == shape)
+    tuned_for = ((entry, product_of(entry)) for entry in entries)
+    near = [(entry, other) for entry, other in tuned_for if _kind(other) == _kind(wanted)]
     for entry, _ in sorted(near, key=lambda pair: _dtypes(pair[1]) != _dtypes(product)):
         config = config_of(entry)
         try:
@@ -75,10 +77,10 @@ def config_for(product: Product, device: str | None = None) -> Config:
     return default_config(product)
 
 
-def _shape(product: Product) -> tuple[int | bool, ...]:
-    """What a configuration must have been tuned for."""
+def _kind(product: Product) -> tuple[int | bool, ...]:
+    """What a configuration must have been tuned for, but for the shape."""
     bits = BITS[product.weights], 8 * jnp.dtype(product.tokens).itemsize
-    return product.m, product.k, product.n, *bits, product.has_group_sums
+    return *bits, product.has_group_sums
 
 
 def _dtypes(product: Product) -> tuple[str, str]:

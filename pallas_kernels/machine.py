@@ -15,8 +15,9 @@ A *word* is a 32-bit unsigned integer, one for each thread; words have the opera
 plain integers or words on the other side. A *real* is a float32, one for each thread.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 Word = Any  # + * // % & | ^ << >> <, as uint32
 Real = Any  # opaque: only a machine computes with it
@@ -25,10 +26,10 @@ Operand = Literal["bfloat16", "float16", "int8", "float8_e4m3fn"]  # what wgmma 
 Sum = Any  # a real, or a word that is an int32
 
 
-@runtime_checkable
-class Pointer(Protocol):
+class Pointer(ABC):
     """A place in a global array, counted in words."""
 
+    @abstractmethod
     def load(self, offset: int, count: int, *, once: bool = False) -> list[Word]:
         """Reads neighbouring words.
 
@@ -39,47 +40,55 @@ class Pointer(Protocol):
         """
         ...
 
+    @abstractmethod
     def load_where(self, offset: int, where: Word) -> Word:
         """Reads a word where a condition holds; elsewhere it is 0."""
         ...
 
+    @abstractmethod
     def advanced(self, count: Word, each: int = 1) -> "Pointer":
         """The place so many times so many words on: further than a word can count, too."""
         ...
 
 
-@runtime_checkable
-class Machine(Protocol):
+class Machine(ABC):
     """One block of threads."""
 
     thread: Word  # 0 to threads - 1
     warp: Word  # thread // 32, the same for a whole warp
     block: tuple[Word, Word]  # of the grid
 
+    @abstractmethod
     def pointer(self, array: Any, word: Word) -> Pointer:
         """A place in a global array of words."""
         ...
 
+    @abstractmethod
     def store(self, array: Any, index: Word, value: Real, where: Word) -> None:
         """Rounds to the array's float dtype and writes, where the condition holds."""
         ...
 
+    @abstractmethod
     def real_at(self, array: Any, index: Word) -> Real:
         """Reads an element of a global array of floats."""
         ...
 
+    @abstractmethod
     def shared_store(self, index: Word, value: Word, offset: int = 0) -> None:
         """Writes to the block's shared memory, an array of words, at ``index + offset``."""
         ...
 
+    @abstractmethod
     def shared_load(self, index: Word, offset: int = 0) -> Word:
         """Reads from it."""
         ...
 
+    @abstractmethod
     def shared_load_row(self, index: Word, count: int, offset: int = 0) -> list[Word]:
         """Reads 2 or 4 neighbours from it, at a multiple of their number: ``index + offset``."""
         ...
 
+    @abstractmethod
     def shared_load_matrices(self, index: Word) -> list[Word]:
         """Reads four 8 x 8 matrices of 16-bit elements, ``ldmatrix.x4`` of PTX.
 
@@ -91,6 +100,7 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def shared_store_matrices(self, index: Word, words: Sequence[Word]) -> None:
         """Writes two or four 8 x 8 matrices of 16-bit elements, turned around: ``stmatrix.trans`` of PTX.
 
@@ -101,6 +111,7 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def start_arrivals(self, place: Word, count: int, threads: int) -> None:
         """Makes so many arrivals of two words of shared memory each; used after the next barrier.
 
@@ -109,6 +120,7 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def one_thread(self, where: Word, body: Callable[[], None]) -> None:
         """Runs something on one thread of each warp for which a condition holds.
 
@@ -118,25 +130,29 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def arrive(self, arrival: Word) -> None:
         """The thread arrives, with all that it has done so far."""
         ...
 
+    @abstractmethod
     def expect(self, arrival: Word, nbytes: int) -> None:
         """The thread arrives, and tells what copies bring in all."""
         ...
 
-    def copy_words(self, place: Word, source: Pointer, count: int, arrival: Word) -> None:
+    @abstractmethod
+    def copy_words(self, place: Word, source: Any, count: int, arrival: Word) -> None:
         """Begins to copy neighbouring words of a global array to shared memory.
 
         Args:
           place: of shared memory; it and the source are multiples of 4.
-          source: in the global array.
+          source: a pointer of this very machine, into the global array.
           count: of words, a multiple of 4.
           arrival: counts them off.
         """
         ...
 
+    @abstractmethod
     def copy_tokens(
         self,
         place: Word,
@@ -158,6 +174,7 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def copy_out(self, place: Word, array: Any, token: Word, output: Word, tokens: int) -> None:
         """Begins to copy 64 outputs of so many tokens from shared memory to a global ``[m, n]``.
 
@@ -171,34 +188,42 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def wait_for_copies_out(self) -> None:
         """Waits until those that this thread began have read what they copy."""
         ...
 
+    @abstractmethod
     def wait_for(self, arrival: Word, turn: Word) -> None:
         """Waits for a turn of an arrival: the last one or the one before, so it is given modulo 2."""
         ...
 
+    @abstractmethod
     def barrier(self) -> None:
         """Waits for all threads of the block; what they wrote to shared memory is visible then."""
         ...
 
+    @abstractmethod
     def warpgroup_barrier(self) -> None:
         """Waits for the threads of the warpgroup; they, and what they copy out, see what they wrote."""
         ...
 
+    @abstractmethod
     def word(self, value: int) -> Word:
         """A constant."""
         ...
 
+    @abstractmethod
     def real(self, value: float) -> Real:
         """A constant."""
         ...
 
+    @abstractmethod
     def minimum(self, a: Word, b: Word | int) -> Word:
         """The lesser."""
         ...
 
+    @abstractmethod
     def loop(
         self,
         count: Word,
@@ -208,42 +233,52 @@ class Machine(Protocol):
         """``for i in range(count): carry = body(i, carry)``; the count is the same for a whole warp."""
         ...
 
+    @abstractmethod
     def fma(self, a: Real, b: Real, c: Real) -> Real:
         """``a * b + c``."""
         ...
 
+    @abstractmethod
     def plus(self, a: Real, b: Real) -> Real:
         """``a + b``."""
         ...
 
+    @abstractmethod
     def times(self, a: Real, b: Real) -> Real:
         """``a * b``."""
         ...
 
+    @abstractmethod
     def as_word(self, value: Real) -> Word:
         """The bits of a float32."""
         ...
 
+    @abstractmethod
     def as_real(self, bits: Word) -> Real:
         """The float32 of these bits."""
         ...
 
+    @abstractmethod
     def rounded(self, integer: Word) -> Real:
         """The float32 nearest to an int32."""
         ...
 
+    @abstractmethod
     def half_pair(self, half: Half, low: Real, high: Real) -> Word:
         """Two floats, rounded, as a pair."""
         ...
 
+    @abstractmethod
     def half_pair_minus(self, half: Half, a: Word, b: Word) -> Word:
         """The difference of two pairs of 16-bit floats, pair by pair."""
         ...
 
+    @abstractmethod
     def half_pair_times(self, half: Half, a: Word, b: Word) -> Word:
         """The product of two pairs of 16-bit floats, pair by pair."""
         ...
 
+    @abstractmethod
     def bytes_of(self, a: Word, b: Word, places: int) -> Word:
         """Four bytes out of eight.
 
@@ -254,18 +289,22 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def lifted(self, word: Word, mask: int, unit: Word) -> Word:
         """``word & mask ^ unit``, as one instruction."""
         ...
 
+    @abstractmethod
     def e4m3_as_half(self, word: Word, which: Literal["low", "high"]) -> Word:
         """Two of the four float8_e4m3fn in a word, as a pair of float16."""
         ...
 
+    @abstractmethod
     def half_as_real(self, half: Half, pair: Word, which: Literal["low", "high"]) -> Real:
         """One of two 16-bit floats, as float32."""
         ...
 
+    @abstractmethod
     def mma(
         self, half: Half, a: Sequence[Word], b: Sequence[Word], c: Sequence[Real]
     ) -> list[Real]:
@@ -280,6 +319,7 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def mma_int8(self, a: Sequence[Word], b: Sequence[Word], c: Sequence[Word]) -> list[Word]:
         """One warp's product ``A [16, 32] . B [32, 8] + C [16, 8]`` of int8, ``mma.m16n8k32`` of PTX.
 
@@ -291,6 +331,7 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def wgmma(
         self,
         kind: Operand,
@@ -319,6 +360,7 @@ class Machine(Protocol):
         """
         ...
 
+    @abstractmethod
     def wait(self, pending: int, sums: Sequence[Sequence[Sum]]) -> list[list[Sum]]:
         """Waits until at most so many of the last :meth:`wgmma` are under way; returns their sums."""
         ...

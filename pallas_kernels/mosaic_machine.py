@@ -16,7 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
 from pallas_kernels import ptx
-from pallas_kernels.machine import Half, Operand
+from pallas_kernels.machine import Half, Machine, Operand, Pointer
 
 
 def launch(
@@ -129,7 +129,7 @@ def _value(word: "MosaicWord | int") -> ir.Value:
     return word.value if isinstance(word, MosaicWord) else _integer(word, ptx.i32())
 
 
-class MosaicPointer:
+class MosaicPointer(Pointer):
     """A 64-bit address of each thread."""
 
     def __init__(self, address: ir.Value):
@@ -174,7 +174,7 @@ def _address(array: ir.Value) -> ir.Value:
     return llvm.ptrtoint(ptx.i64(), utils.memref_ptr(array))
 
 
-class MosaicMachine:
+class MosaicMachine(Machine):
     """One block of threads; see :class:`pallas_kernels.machine.Machine`."""
 
     def __init__(self, context: Any, shared: ir.Value, grid: tuple[int, int]):

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int64, Shaped, UInt8, UInt32
 
-from pallas_kernels.machine import Half, Operand
+from pallas_kernels.machine import Half, Machine, Operand, Pointer
 
 _DTYPES = {"bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
 
-Words = UInt32[np.ndarray, " threads"]
-Reals = Float32[np.ndarray, " threads"]
+Words = UInt32[np.ndarray, " _threads"]
+Reals = Float32[np.ndarray, " _threads"]
 
 
 def run(
@@ -39,11 +39,11 @@ def run(
 
 
 @dataclass
-class NumpyPointer:
+class NumpyPointer(Pointer):
     """A place for each thread in a flat array of words."""
 
-    array: UInt32[np.ndarray, " words"]
-    index: Int64[np.ndarray, " threads"]
+    array: UInt32[np.ndarray, " _words"]
+    index: Int64[np.ndarray, " _threads"]
     machine: "NumpyMachine"
 
     def load(self, offset: int, count: int, *, once: bool = False) -> list[Words]:
@@ -74,7 +74,7 @@ class NumpyPointer:
         return NumpyPointer(self.array, self.index + far, self.machine)
 
 
-class NumpyMachine:
+class NumpyMachine(Machine):
     """One block of threads; see :class:`pallas_kernels.machine.Machine`."""
 
     def __init__(self, *, threads: int, block: tuple[int, int], shared: int):
@@ -554,13 +554,13 @@ def _elements(kind: Operand, word: Words) -> np.ndarray:
     return values.view(jnp.float8_e4m3fn).astype(np.float32)
 
 
-def _bytes(word: Words) -> UInt8[np.ndarray, "threads 4"]:
+def _bytes(word: Words) -> UInt8[np.ndarray, "_threads 4"]:
     return np.ascontiguousarray(word).view(np.uint8).reshape(-1, 4)
 
 
-def _halves(half: Half, pair: Words) -> Shaped[np.ndarray, "threads 2"]:
+def _halves(half: Half, pair: Words) -> Shaped[np.ndarray, "_threads 2"]:
     return np.ascontiguousarray(pair).view(_DTYPES[half]).reshape(-1, 2)
 
 
-def _joined(half: Half, values: Float32[np.ndarray, "threads 2"]) -> Words:
+def _joined(half: Half, values: Float32[np.ndarray, "_threads 2"]) -> Words:
     return np.ascontiguousarray(values.astype(_DTYPES[half])).view(np.uint32).reshape(-1)

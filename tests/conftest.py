@@ -2,22 +2,40 @@
 """Every signature is checked, shapes too, and JAX sees two devices and compiles in half the time."""
 
 import os
+import pkgutil
+from pathlib import Path
 
 import jax
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
+
+# The interpreter of kernels calls a function for every instruction of theirs. Under jaxtyping's hook a call
+# takes four times as long as the instruction; beartype by itself still checks that words are uint32 and
+# reals float32, one for each thread.
+_INTERPRETER = "pallas_kernels.numpy_machine"
+beartype_package(_INTERPRETER, conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 
 # Here and not by --jaxtyping-packages: jaxtyping 0.3.11 splits that option in the wrong place when the
 # checker has arguments. PEP 484's tower lets an int stand where a float is asked for.
+_KERNELS = pkgutil.iter_modules(
+    [str(Path(__file__).parents[1] / "pallas_kernels")], "pallas_kernels."
+)
 install_import_hook(
-    ["pallas_kernels", "qjax", "qjax_models", "qjax_checkpoints", "qjax_cli"],
+    [module.name for module in _KERNELS if module.name != _INTERPRETER]
+    + ["qjax", "qjax_models", "qjax_checkpoints", "qjax_cli"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
 # For shard_map on any machine.
 jax.config.update("jax_num_cpu_devices", 2)
 
-# The arrays are tiny, so machine code need not be fast: LLVM's optimizations are left out on a CPU, XLA's
-# own passes are not. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests with them.
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and jax.default_backend() == "cpu":
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests start
+# The arrays are tiny, so machine code need not be fast: on a CPU LLVM's optimizations are left out, XLA's
+# own passes are not, and its older emitters are taken, which make a program in half the time. In the
+# environment for processes that tests start. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests with all of it.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    older = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {older}".strip()  # read only once
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
