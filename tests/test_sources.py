@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.one_version  # text alone
+
 ROOT = Path(__file__).parent.parent
 FLOORS = ["pallas_kernels", "qjax", "models", "checkpoints", "scripts"]
 SOURCES = sorted(

@@ -83,6 +83,7 @@ def assert_close(found, expected):
         assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
 
 
+@pytest.mark.one_version  # concatenation; with both, test_generation_is_the_same
 @pytest.mark.parametrize(
     ("name", "scheme"), [*itertools.product(FAMILIES, JOINED), *(("qwen2", s) for s in OTHERS)]
 )

@@ -6,6 +6,8 @@ import pytest
 from pallas_kernels import configs, few_tokens, many_tokens
 from pallas_kernels.product import Product
 
+pytestmark = pytest.mark.one_version  # integers alone
+
 E4M3 = "float8_e4m3fn"
 KINDS = [
     ("int4", "bfloat16", 128),
@@ -27,8 +29,8 @@ def test_every_product_finds_a_configuration_that_fits(m, k):
     for n in (16, 1024, 4096, 6144, 28672, 151936):
         for weights, tokens, group in KINDS:
             product = Product(m=m, k=k, n=n, group_size=group, weights=weights, tokens=tokens)
-            fits(product, configs.default_config(product))
             fits(product, configs.config_for(product, "NVIDIA H200"))
+            # configs.default_config is one of these.
             fits(product, few_tokens.default_config(product))
             fits(product, many_tokens.default_config(product))
 

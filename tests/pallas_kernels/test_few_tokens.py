@@ -16,6 +16,10 @@ from pallas_kernels.quantized_matmul import (
     tiled_codes,
 )
 
+# The interpreter is numpy; that kernels agree with their definition in jnp, which depends on jax,
+# test_quantized_matmul and test_kernel_layout ask of every version.
+pytestmark = pytest.mark.one_version
+
 E4M3 = "float8_e4m3fn"
 
 # Tokens, inputs, outputs and how they are cut: odd numbers of tokens, outputs that do not fill a block,

@@ -6,6 +6,8 @@ import pytest
 
 from pallas_kernels.numpy_machine import NumpyMachine, run
 
+pytestmark = pytest.mark.one_version  # numpy alone
+
 
 @pytest.fixture
 def machine():

@@ -18,6 +18,8 @@ from safetensors.numpy import load_file
 import train_shipped_model
 from qjax_models import config_from_hf
 
+pytestmark = pytest.mark.one_version  # the program of one training, which is over
+
 SCRIPT = Path(train_shipped_model.__file__)
 SHAPE = (
     "--vocab-size 300 --hidden-size 32 --num-layers 2 --mlp-size 48 --num-heads 2 "

@@ -15,6 +15,8 @@ import safetensors.numpy
 
 from qjax.algorithms import round_nearest
 
+pytestmark = pytest.mark.one_version  # most of it is refused before jax is asked
+
 
 def fails(outcome, *words: str, status: int = 1) -> None:
     """The command failed with one line that holds all the words."""
