@@ -75,17 +75,16 @@ def run(args: argparse.Namespace, console: Console) -> None:
     device, read = values["device"], values["ceilings"]["read_tb_per_s"]
     others, lines = peers.load(), table.Table(args.scheme)
     console.text(f"{_summary(values)}\n{lines.headings()}\n")
-    steps = len(args.scheme) * len(args.tokens) * len(shapes)
+    schemes = list(dict.fromkeys(args.scheme))
+    steps = len(schemes) * len(args.tokens) * len(shapes)
     measured = []
     with console.progress("products", steps, beside_text=True) as bar:
-        for row in matmul.rows(args.scheme, args.tokens, shapes, console.note):
+        for row in matmul.rows(schemes, args.tokens, shapes, console.note, bar.advance):
             measured.append(row)
             values["rows"].append(matmul.as_json(row))
             if args.out:
                 _replace(args.out, values)
             console.text(lines.row(row, ratios(row, measured, read, device, others)) + "\n")
-            if row.implementation == "xla":
-                bar.advance(f"{row.scheme} {row.m} x {row.k} x {row.n}")
     console.result(values, table.legend(device, read, others))
 
 

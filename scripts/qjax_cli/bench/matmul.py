@@ -59,6 +59,7 @@ def rows(
     tokens: Sequence[int],
     shapes: Sequence[tuple[int, int]],
     tell: Callable[[str], None],
+    done: Callable[[str], None],
 ) -> Iterator[Row]:
     """Times every scheme through every implementation that takes it here, bfloat16 first.
 
@@ -66,21 +67,26 @@ def rows(
     kernels on the device while it compiles, and nothing can be timed meanwhile.
 
     Args:
-      schemes: names; `PLAIN` stands for bfloat16 itself.
+      schemes: names, each once; `PLAIN` stands for bfloat16 itself.
       tokens: rows of the activations.
       shapes: ``(k, n)`` of the weights.
       tell: is told in a line which product failed, and why; the others go on.
+      done: is told which product has gone through all implementations, whether they failed or not.
     """
-    plain_first = sorted(dict.fromkeys(schemes), key=lambda scheme: scheme != PLAIN)
+    plain_first = sorted(schemes, key=lambda scheme: scheme != PLAIN)
     for (k, n), scheme in itertools.product(shapes, plain_first):
         forms = forms_of(_weights(scheme, k, n))
-        products = [(x, form) for x in _activations(tokens, k) for form in forms if form.takes(x)]
-        for (x, form), program in zip(products, _compiled(products), strict=True):
-            try:
-                yield _row(scheme, form, x, program.result())
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:300]
-                tell(f"{scheme} {len(x)} x {k} x {n} through {form.implementation}: {reason}")
+        taking = [(x, [form for form in forms if form.takes(x)]) for x in _activations(tokens, k)]
+        programs = iter(_compiled([(x, form) for x, own in taking for form in own]))
+        for x, own in taking:
+            name = f"{scheme} {len(x)} x {k} x {n}"
+            for form in own:
+                try:
+                    yield _row(scheme, form, x, next(programs).result())
+                except RuntimeError as error:
+                    reason = " ".join(str(error).split())[:300]
+                    tell(f"{name} through {form.implementation}: {reason}")
+            done(name)
 
 
 def as_json(row: Row) -> dict[str, Any]:

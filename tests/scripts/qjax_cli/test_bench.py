@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`qjax bench`: every scheme, shape and number of tokens that was asked for, as they are measured."""
 
+import contextlib
 import datetime
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from qjax_cli.bench import command, matmul, table, timing
 from qjax_cli.bench.matmul import Row
 from qjax_cli.bench.peers import Peers, load
 from qjax_cli.bench.ratios import ratios
+from qjax_cli.console import Console
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
@@ -124,7 +127,7 @@ def test_rows_come_before_the_next_is_measured(monkeypatch):
         return timing.Timing(us=1.0, spread_us=(1.0, 1.0))
 
     monkeypatch.setattr(timing, "measure", measure)
-    coming = matmul.rows(["w8a8"], [1, 3], [(64, 32)], pytest.fail)
+    coming = matmul.rows(["w8a8"], [1, 3], [(64, 32)], pytest.fail, lambda _: None)
     assert next(coming).m == 1 and timed == [1]
     assert next(coming).m == 3 and timed == [1, 3]
 
@@ -138,10 +141,33 @@ def test_a_product_that_fails_is_told_and_the_others_go_on(monkeypatch):
         return measure(program, x, weights)
 
     monkeypatch.setattr(timing, "measure", failing)
-    told = []
-    rows = list(matmul.rows(["w8a8"], [1, 3, 4], [(64, 32)], told.append))
+    told, done = [], []
+    rows = list(matmul.rows(["w8a8"], [1, 3, 4], [(64, 32)], told.append, done.append))
     assert [row.m for row in rows] == [1, 4]
     assert told == ["w8a8 3 x 64 x 32 through xla: out of memory"]
+    assert done == [f"w8a8 {m} x 64 x 32" for m in (1, 3, 4)]
+
+
+def test_the_bar_counts_each_product_once_and_reaches_its_end(qjax, monkeypatch):
+    """Also where a scheme is named twice, and where XLA's form of a product fails."""
+    totals, advanced = [], []
+
+    @contextlib.contextmanager
+    def progress(self, what, total, *, beside_text=False):
+        totals.append(total)
+        yield SimpleNamespace(advance=advanced.append)
+
+    def failing(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Console, "progress", progress)
+    monkeypatch.setattr(matmul, "_row", failing)
+    outcome = qjax(
+        "bench", "matmul", "--scheme", "w8a8", "bfloat16", "w8a8", "--tokens", 1, 3, "--shape", 64, 32
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert totals == [4]
+    assert advanced == [f"{s} {m} x 64 x 32" for s in ("bfloat16", "w8a8") for m in (1, 3)]
 
 
 @pytest.mark.parametrize(
