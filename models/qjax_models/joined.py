@@ -21,13 +21,17 @@ from qjax.qtensor import QTensor
 from qjax_models.decoder import Decoder
 from qjax_models.layers import Attention, GatedMLP
 
+# What a layer has of its own besides its weights, which the joined one takes from the first.
+_WAYS = ("dtype", "precision", "preferred_element_type", "dot_general", "promote_dtype")
+
 
 def join_projections(model: Decoder) -> None:
     """Joins what shares an input, wherever one weight holds exactly what the separate ones do.
 
     It does where all are plain arrays of one dtype, or QTensors of one scheme whose scales belong to
     outputs or to blocks of whole outputs. Weights under one scale for all (`-tensor`, `nvfp4`), of
-    different schemes, or arranged for a kernel already stay as they are; attention and MLP of each layer
+    different schemes, or arranged for a kernel already stay as they are, and so do layers that compute
+    in different ways (`dtype`, `precision`, `dot_general=` and the like); attention and MLP of each layer
     are decided on by themselves.
 
     To be done when a model is loaded to be run, before `qjax.prepare`: files hold the separate weights,
@@ -79,7 +83,9 @@ def _fit(parts: Sequence[nnx.Linear]) -> bool:
     """Whether one layer can hold what these do."""
     kinds = {_kind(part.kernel.get_value()) for part in parts}
     biases = {part.bias is not None and part.bias.get_value().dtype for part in parts}
-    return len(kinds) == len(biases) == 1 and None not in kinds
+    # Compared, not hashed: jnp.bfloat16 is equal to its dtype and has another hash.
+    alike = all(getattr(part, way) == getattr(parts[0], way) for part in parts for way in _WAYS)
+    return alike and len(kinds) == len(biases) == 1 and None not in kinds
 
 
 def _kind(weight: Any) -> Hashable:

@@ -165,6 +165,29 @@ def with_a_bias_of_another_dtype(attention):
     attention.v_proj.bias.set_value(attention.v_proj.bias.get_value().astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize(
+    ("way", "value"),
+    [
+        ("dtype", jnp.bfloat16),
+        ("precision", jax.lax.Precision.HIGHEST),
+        ("preferred_element_type", jnp.float32),
+        ("dot_general", jax.lax.dot_general),
+        ("promote_dtype", lambda arguments, **_: arguments),
+    ],
+)
+def test_layers_that_compute_in_different_ways_stay_apart(goldens, way, value):
+    model = goldens["qwen2"].model()
+    blocks = model.model.layers
+    assert getattr(blocks[1].mlp.up_proj, way) != value
+    setattr(blocks[1].mlp.up_proj, way, value)
+    for part in (blocks[0].mlp.gate_proj, blocks[0].mlp.up_proj):
+        setattr(part, way, value)
+    join_projections(model)
+    assert [block.mlp.fused for block in blocks] == [True, False, True]
+    assert getattr(blocks[0].mlp.gate_up_proj, way) == value
+    assert all(block.self_attn.fused for block in blocks)
+
+
 @pytest.mark.parametrize("change", [of_another_dtype, without_a_bias, with_a_bias_of_another_dtype])
 def test_plain_layers_that_differ_stay_apart(goldens, change):
     model = goldens["qwen2"].model()
