@@ -208,8 +208,14 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the device holds: codes, scales, zeros; two int4 codes to a byte."""
-        return device_bytes(self)
+        """Bytes that the device holds: codes, scales, zeros; two int4 codes to a byte.
+
+        Of a layer that is looked at in the arrays of all layers: what is its own. The arrays take
+        :func:`device_bytes`.
+        """
+        if self.layer is None:
+            return device_bytes(self)
+        return device_bytes(self.replaced(layer=None)) // self.codes.shape[0]
 
     @property
     def bits_per_weight(self) -> float:

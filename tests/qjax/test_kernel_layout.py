@@ -322,7 +322,12 @@ def test_a_leaf_that_there_is_not(weight):
 
 def test_a_view_of_a_layer_is_that_layer(hopper, weight):
     q = qjax.quantize(jnp.stack([weight, weight * 2]), "w4a16-g64-asym", stacked=1)
-    view = qjax.prepare(q).replaced(layer=jnp.int32(1))
+    stack = qjax.prepare(q)
+    view = stack.replaced(layer=jnp.int32(1))
+    alone = qjax.prepare(qjax.quantize(weight, "w4a16-g64-asym"))
+    assert (view.nbytes, view.bits_per_weight) == (alone.nbytes, alone.bits_per_weight)
+    assert stack.nbytes == 2 * alone.nbytes
+    assert qtensor.device_bytes(view) == stack.nbytes + 4  # of all layers, and which one it is
     assert view.shape == weight.shape and view.scheme == q.scheme
     np.testing.assert_array_equal(qjax.dequantize(view), qjax.dequantize(q)[1])
     x = jnp.ones((3, 256), jnp.bfloat16)
