@@ -130,32 +130,45 @@ def _compile(cases: Sequence[dict[str, Any]]) -> None:
         others = ("extra", "kernel", "config")
         product = Product(**{key: value for key, value in case.items() if key not in others})
         config = config_of(case) if "config" in case else config_for(product, "NVIDIA H200")
-        arrays, options = shapes(_operands(product, extra=case.get("extra", False)))
+        arrays, options = shapes(operands(product, extra=case.get("extra", False)))
 
         multiply = functools.partial(
-            quantized_matmul, weights=product.weights, config=config, out_dtype=product.out
-        )
+            quantized_matmul, weights=product.weights, scale_dtype=product.scales, config=config,
+            out_dtype=product.out,
+        )  # fmt: skip
         print(f"=== case {number}", flush=True)
         jax.jit(multiply).lower(*arrays, **options).compile()
 
 
-def _operands(product: Product, *, extra: bool) -> tuple[list[Any], dict[str, Any]]:
-    """Shapes of what a product is computed from: positional arguments, and those with a name."""
+def operands(product: Product, *, extra: bool) -> tuple[list[Any], dict[str, Any]]:
+    """Shapes of what a product is computed from: positional arguments, and those with a name.
+
+    Args:
+      product: as a case describes it.
+      extra: with bias and residual.
+
+    Raises:
+      ValueError: one scale serves all where each group or block has one.
+    """
     shape = jax.ShapeDtypeStruct
+    by_channel = not (product.has_pairs or product.has_blocks)
+    of_tokens = not (product.has_half_tokens or product.has_blocks)
+    if (product.one_scale and not by_channel) or (product.one_token_scale and not of_tokens):
+        raise ValueError(f"one_scale and one_token_scale do not go with {product}")
     m, k, n = product.m, product.k, product.n
     blocks = (n // 16, k // 64, *(() if product.weights == "int4" else (2,)), 32, 4)
     arrays = [shape((m, k), product.tokens), shape(blocks, jnp.uint32)]
-    options = {}
+    options, token_scales = {}, (1 if product.one_token_scale else m,)
     if product.has_pairs:
         arrays += [shape((n // 16, product.groups, 8), jnp.uint32)] * (1 + product.has_zeros)
         if not product.has_half_tokens:
-            options["token_scale"] = shape((m,), jnp.float32)
+            options["token_scale"] = shape(token_scales, jnp.float32)
     elif product.has_blocks:
         arrays.append(shape((k // 128, -(-n // 128)), jnp.float32))
         options["token_scale"] = shape((m, k // 128), jnp.float32)
     else:
-        arrays.append(shape((n,), jnp.bfloat16))
-        options["token_scale"] = shape((m,), jnp.float32)
+        arrays.append(shape((1 if product.one_scale else n,), jnp.bfloat16))
+        options["token_scale"] = shape(token_scales, jnp.float32)
     if extra:
         options |= {"bias": shape((n,), jnp.bfloat16), "residual": shape((m, n), jnp.float32)}
     return arrays, options

@@ -107,6 +107,14 @@ MANY_BYTE_TOKENS = [
     )
     for out in ("bfloat16", "float32")
 ]  # fmt: skip
+OTHER_SCALES = [
+    of_one
+    for choices in (
+        {"weights": "int8", "tokens": "int8", "group_size": None, "one_scale": True, "one_token_scale": True},
+        {"weights": "int4", "tokens": E4M3, "group_size": 128, "scales": "float16", "one_token_scale": True},
+    )
+    for of_one in (case(16, 4096, 4096, **choices), many(64, **choices))
+]  # fmt: skip
 INSTRUCTIONS = {  # of the tensor cores
     "few_tokens": {"int8": "IMMA.16832.S8.S8"},  # else float16 or bfloat16
     "many_tokens": {"int8": "IGMMA", E4M3: "QGMMA"},
@@ -120,6 +128,7 @@ INSTRUCTIONS = {  # of the tensor cores
         for name, cases in {
             "tuned, even": tuned()[::2], "tuned, odd": tuned()[1::2], "int4": INT4, "bytes": BYTES,
             "byte tokens": BYTE_TOKENS, "large": LARGE, "many byte tokens": MANY_BYTE_TOKENS, **MANY,
+            "other scales": OTHER_SCALES,
         }.items()
     ],
 )  # fmt: skip
