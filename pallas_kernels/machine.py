@@ -121,11 +121,11 @@ class Machine(ABC):
         ...
 
     @abstractmethod
-    def one_thread(self, where: Word, body: Callable[[], None]) -> None:
+    def one_thread(self, where: Word | None, body: Callable[[], None]) -> None:
         """Runs something on one thread of each warp for which a condition holds.
 
         Args:
-          where: the same for a whole warp.
+          where: the same for a whole warp; None: every warp.
           body: of :meth:`arrive`, :meth:`expect` and copies.
         """
         ...

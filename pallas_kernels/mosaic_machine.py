@@ -267,10 +267,10 @@ class MosaicMachine(Machine):
         ptx.ordered("fence.mbarrier_init.release.cluster;", [], "~{memory}")
         ptx.ordered("fence.proxy.async.shared::cta;", [], "~{memory}")
 
-    def one_thread(self, where: MosaicWord, body: Callable[[], None]) -> None:
+    def one_thread(self, where: MosaicWord | None, body: Callable[[], None]) -> None:
         """A branch that all operands of copies are uniform in: as the assembler wants it."""
-        elected = arith.andi(where.value, nvvm.elect_sync())
-        branch = scf.IfOp(elected)
+        elected = nvvm.elect_sync()
+        branch = scf.IfOp(elected if where is None else arith.andi(where.value, elected))
         with ir.InsertionPoint(branch.then_block):
             body()
             scf.yield_([])

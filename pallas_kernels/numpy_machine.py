@@ -202,6 +202,7 @@ class NumpyMachine(Machine):
 
     def one_thread(self, where: Any, body: Callable[[], None]) -> None:
         """The first of each warp; refuses a condition that parts a warp."""
+        where = np.ones_like(self.active) if where is None else where
         if np.any(where != np.repeat(where[::32], 32)):
             raise ValueError("a condition for one thread of a warp parts the warp")
         with self._only(where & (self.thread % 32 == 0)):

@@ -54,7 +54,7 @@ def _added_step(
     stream.wait(after)
     ready = _ready(weights, after)
     sums = machine.wait(0, sums)
-    stream.leave(step, machine.word(0) < 1)
+    stream.leave(step)
     totals = [
         [
             machine.fma(part, by[i % len(by)], total)

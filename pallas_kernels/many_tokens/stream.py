@@ -165,8 +165,8 @@ class Stream:
         """The next step; after the last one there is none: that again, and nobody takes it."""
         return self.machine.minimum(step + 1, self.all_steps + 0xFFFFFFFF)
 
-    def leave(self, step: Word, where: Word) -> None:
-        """This warp has done with a step, if the condition holds."""
+    def leave(self, step: Word, where: Word | None = None) -> None:
+        """This warp has done with a step, if the condition holds; None: it has."""
         free, _ = self._turn(
             step + self.config.stages, self.free
         )  # of the step before the first, too
