@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32
 
-from qjax_checkpoints.tokenizer import TextTokenizer
+from qjax_checkpoints.tokenizer import TextTokenizer, load_tokenizer
 
 
 def windows_of_files(
@@ -45,6 +45,39 @@ def windows(text: str, tokenizer: TextTokenizer, length: int) -> Int32[np.ndarra
     length = min(length, len(tokens))
     count = len(tokens) // length
     return tokens[: count * length].reshape(count, length)
+
+
+def calibration_windows(
+    files: list[Path], source: Path, vocab_size: int, *, samples: int, length: int
+) -> Int32[np.ndarray, "n length"]:
+    """Windows to calibrate on: of one token file, or spread evenly over the tokens of text files.
+
+    Args:
+      files: one `.npy` file, or UTF-8 text.
+      source: the model's directory, whose tokenizer reads text.
+      vocab_size: of the model.
+      samples: the most windows.
+      length: tokens of a window; those of a token file may be shorter.
+
+    Raises:
+      ValueError: what the other functions here raise, a text shorter than one window, or a token file
+        beside others.
+    """
+    tokens_files = [file for file in files if file.suffix == ".npy"]
+    if tokens_files and len(files) > 1:
+        raise ValueError(
+            f"{tokens_files[0]}: a token file is calibrated on alone, or text files are"
+        )
+    if tokens_files:
+        found = windows_of_array(files[0], vocab_size, length)
+    else:
+        found = windows_of_files(files, load_tokenizer(source, vocab_size=vocab_size), length)
+        if found.shape[1] < length:
+            raise ValueError(
+                f"{', '.join(map(str, files))}: {found.shape[1]} tokens of text are less than one "
+                f"window of {length}; give more text or a smaller --seq-len"
+            )
+    return found[np.linspace(0, len(found) - 1, min(samples, len(found))).round().astype(int)]
 
 
 def windows_of_array(file: Path, vocab_size: int, length: int) -> Int32[np.ndarray, "n length"]:

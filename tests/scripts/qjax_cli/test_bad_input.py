@@ -399,3 +399,28 @@ def test_recipe_that_matches_nothing(qjax, source, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text('[["nothing", "w8a8"]]')
     fails(qjax("quantize", source, tmp_path / "out", "--recipe", recipe), "nothing", "model/")
+
+
+def test_calibration_that_is_missing_or_of_no_use(qjax, source, tmp_path):
+    out, text = tmp_path / "out", tmp_path / "short.txt"
+    text.write_text("a short text")
+    base = ("quantize", source, out, "--scheme", "w4a16-g32")
+    fails(qjax(*base, "--method", "gptq"), "gptq", "--calib")
+    fails(qjax(*base, "--range", "output"), "--range output", "--calib")
+    fails(qjax(*base, "--calib", text), "rtn", "leave out --calib")
+    fails(qjax(*base, "--method", "gptq", "--calib", text), "short.txt", "12 tokens", "1024")
+    fails(
+        qjax(*base, "--method", "gptq", "--calib", text, "--seq-len", 8),
+        "model/layers/0/self_attn/q_proj", "8 calibration tokens for 64 inputs",
+    )  # fmt: skip
+    fails(qjax(*base, "--method", "gptq", "--calib", tmp_path / "none.txt"), "none.txt")
+
+
+def test_calibration_tokens_that_the_model_does_not_know(qjax, source, tmp_path):
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.full((4, 64), 300, np.int32))
+    base = ("quantize", source, tmp_path / "out", "--scheme", "w4a16-g32", "--method", "gptq")
+    fails(qjax(*base, "--calib", tokens), "tokens.npy", "300", "259")
+    fails(qjax(*base, "--calib", tokens, tmp_path / "text.txt"), "tokens.npy", "alone")
+    np.save(tokens, np.zeros((4, 512), np.int32))
+    fails(qjax(*base, "--calib", tokens), "512", "256", "--seq-len 256")

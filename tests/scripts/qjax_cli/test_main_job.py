@@ -57,6 +57,24 @@ def test_quantized_directory_is_smaller_complete_and_as_good_as_in_memory(
     assert spoken.json["new_tokens"] == 5 and isinstance(spoken.json["text"], str)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_calibrated_methods(qjax, source, tokens, tmp_path, method):
+    out, calibration = tmp_path / "out", tmp_path / "text.txt"
+    calibration.write_text("the quick brown fox jumps over the lazy dog, again and again; " * 40)
+    done = qjax(
+        "quantize", source, out, "--scheme", "w4a16-g32", "--method", method,
+        "--calib", calibration, "--samples", 20, "--seq-len", 64, "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    report = json.loads((out / "qjax_report.json").read_text())
+    quantized = [layer for layer in report["layers"] if layer["scheme"]]
+    assert {layer["method"] for layer in quantized} == {method}
+    assert {layer["calibration_rows"] for layer in quantized} == {20 * 64}
+    assert all(layer["damping"] == pytest.approx(0.01) for layer in quantized)
+    judged = qjax("eval", out, "--tokens", tokens, "--baseline", source, "--json")
+    assert judged.status == 0 and 0 < judged.json["kl"] < 0.5
+
+
 @pytest.mark.one_version  # with both, two formats of directories are read by their own tests
 @pytest.mark.parametrize("target", ["compressed-tensors", "orbax"])
 @pytest.mark.parametrize(
