@@ -90,6 +90,9 @@ class NumpyMachine(Machine):
         self._going_out: set[int] = set()  # words that copies out may still be reading
         self._gone: set[int] = set()  # of those what who began the copies has waited for
         self._arrivals: dict[int, Arrival] = {}  # by their place
+        self._loads = 0  # loads of shared memory so far, one of all threads counted once
+        self._done_loads = 0  # those that all threads are known to have done with
+        self._loaded = np.zeros(shared, np.int64)  # the last load of each word
         self._stored: set[int] = set()  # words that threads wrote, and no copy: not for wgmma
         self._under_way: list[set[int]] = []  # what each product reads that is not waited for
         self._waited: list[
@@ -149,6 +152,8 @@ class NumpyMachine(Machine):
         """Reads; refuses what was written since the last barrier, or never."""
         index = index + np.uint32(offset)
         self._check_readable(index, self.thread // 128)
+        self._loads += 1
+        self._loaded[index] = self._loads
         return self._shared[index]
 
     def _check_readable(self, index: np.ndarray, warpgroups: np.ndarray) -> None:
@@ -212,7 +217,7 @@ class NumpyMachine(Machine):
         """Notes what the threads have waited for: it may be written over once the turn is waited for."""
         places = arrival[self.active]
         for place, count in zip(*np.unique(places, return_counts=True), strict=True):
-            self._arrivals[int(place)].arrive(int(count), self._waited)
+            self._arrivals[int(place)].arrive(int(count), self._waited, self._loads)
 
     def expect(self, arrival: Words, nbytes: int) -> None:
         """Refuses an arrival whose last turn nobody has waited for."""
@@ -220,7 +225,7 @@ class NumpyMachine(Machine):
             if self._arrivals[place].expected:
                 raise ValueError("an arrival is told again what to expect before it was waited for")
             self._arrivals[place].expected = nbytes
-            self._arrivals[place].arrive(1, [])
+            self._arrivals[place].arrive(1, [], 0)
 
     def copy_words(self, place: Words, source: NumpyPointer, count: int, arrival: Words) -> None:
         """Reads at once; writes when it is waited for."""
@@ -276,6 +281,8 @@ class NumpyMachine(Machine):
 
     def _begin(self, arrival: Any, places: np.ndarray, words: np.ndarray) -> None:
         self._check_free(places)
+        if np.any(self._loaded[places] > self._done_loads):
+            raise ValueError("a copy begins to where threads may still be loading from")
         self._written[places] = False
         self._arrivals[int(arrival)].copies.append((places, words))
 
@@ -290,6 +297,7 @@ class NumpyMachine(Machine):
                 raise ValueError(
                     f"turn {turns} of an arrival that has had {waited.turns} is waited for"
                 )
+            self._done_loads = max(self._done_loads, waited.loads)
             free = [id(read) for read in waited.reads]
             self._waited = [read for read in self._waited if id(read) not in free]
 
@@ -301,7 +309,8 @@ class NumpyMachine(Machine):
         self._stored.difference_update(places.tolist())
 
     def barrier(self) -> None:
-        """Makes writes visible, and frees what products that were waited for have read."""
+        """Makes writes visible, and frees what loads, and products that were waited for, have read."""
+        self._done_loads = self._loads
         self._writers.clear()
         self._seen.clear()
         self._waited.clear()
@@ -520,11 +529,12 @@ class Arrival:
     copies: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     reads: list[set[int]] = field(default_factory=list)
+    loads: int = 0
 
-    def arrive(self, threads: int, reads: list[set[int]]) -> None:
-        """Counts threads; they are done with what they have read."""
+    def arrive(self, threads: int, reads: list[set[int]], loads: int) -> None:
+        """Counts threads; they are done with what products and so many loads have read."""
         self.arrived += threads
-        self.reads = [*reads]
+        self.reads, self.loads = [*reads], loads
 
     def finish(self, machine: NumpyMachine) -> None:
         """Brings everything, and begins anew."""

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import many_tokens, row_blocks
 from pallas_kernels.many_tokens import Config
+from pallas_kernels.many_tokens.stream import Stream
 from pallas_kernels.product import Product
 from pallas_kernels.quantized_matmul import plain_codes, quantized_matmul, tiled_codes
 
@@ -111,6 +112,20 @@ def test_sums_of_groups_against_float64(rng, byte_tokens, case, scales):
     assert o.relative_error(wide) < 2e-6
     y = multiplied(o, config, out_dtype="bfloat16")
     np.testing.assert_array_equal(y, wide.astype("bfloat16"))
+
+
+def test_a_stage_that_is_freed_before_it_was_read_is_noticed(rng, byte_tokens, monkeypatch):
+    leave = Stream.leave
+
+    def too_early(self, step, where=None):
+        leave(self, step, where)
+        self.machine.shared_load(self.place(step) + self.codes_place(0))
+
+    monkeypatch.setattr(Stream, "leave", too_early)
+    m, k, n, config = GROUP_CASES["by turns"]
+    o = byte_tokens(rng, m, k, n, weights=E4M3, by_block=True)
+    with pytest.raises(ValueError, match="a copy begins to where threads may still be loading"):
+        multiplied(o, config)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -287,6 +287,29 @@ def test_nothing_is_written_to_what_a_wgmma_may_still_read(warpgroup):
     copy_tile(machine, arrival=ARRIVAL + 2)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_no_copy_begins_to_what_is_loaded_after_it_was_freed(warpgroup, late):
+    machine, free = warpgroup, warpgroup.word(516)
+    machine.start_arrivals(free, 1, threads=4)
+    copy(machine)
+    machine.wait_for(machine.word(ARRIVAL), machine.word(0))
+    machine.shared_load(machine.thread % 32)
+    machine.one_thread(None, lambda: machine.arrive(free))
+    if late:
+        machine.shared_load(machine.thread % 32)
+    machine.wait_for(free, machine.word(0))
+    if not late:
+        copy(machine)
+        return
+    with pytest.raises(
+        ValueError, match="a copy begins to where threads may still be loading from"
+    ):
+        copy(machine)
+    machine.barrier()
+    machine.start_arrivals(machine.word(ARRIVAL), 1, threads=1)
+    copy(machine)
+
+
 def test_a_barrier_frees_what_was_waited_for_and_no_more(warpgroup):
     copy_tile(warpgroup)
     copy_tile(warpgroup, TILE, ARRIVAL + 2)
