@@ -77,6 +77,7 @@ def assert_same(codes: np.ndarray, loop: tuple[np.ndarray, np.ndarray]) -> None:
     np.testing.assert_array_equal(codes[:, clear], expected[:, clear])
 
 
+@pytest.mark.one_version  # with both, blocks of every size against the same loop
 @pytest.mark.parametrize(
     "bits, kind, symmetric, options",
     list(itertools.product((2, 3, 4, 8), ("g16", "channel"), (True, False), ORDERS)),
