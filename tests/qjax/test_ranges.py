@@ -239,5 +239,5 @@ def test_an_unknown_method_is_refused():
     """Also where nothing checks types: it must not pass for absmax."""
     search = object.__new__(RangeSearch)
     object.__setattr__(search, "method", "max")
-    with pytest.raises(ValueError, match="absmax, percentile or mse, got 'max'"):
+    with pytest.raises(ValueError, match="absmax, percentile, mse or output, got 'max'"):
         search.__post_init__()
