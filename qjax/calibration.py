@@ -32,6 +32,7 @@ def calibrate(model: nnx.Module, batches: Iterable[Any], *, hessians: bool = Tru
         weights.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> model = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
       >>> calibrate(model, [jnp.ones((3, 8)), jnp.zeros((3, 8))])["layers/0"].rows.item()
       6
