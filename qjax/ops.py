@@ -342,7 +342,7 @@ def _is_few_rows(x, w: QTensor, numbers: DimensionNumbers) -> bool:
 def _both_quantized(x, w: QTensor, numbers, precision) -> Float[Array, "..."]:
     assert w.activations is not None
     quantized = activations.quantize(x, w.activations, numbers[0][0])
-    if quantized.group_size is not None:
+    if quantized.group_size is not None or quantized.format.kind == "codebook":
         near = activations.dequantize(quantized).astype(x.dtype)
         return _float_dot(near, qtensor.dequantize(w, x.dtype), numbers, precision)
     token_scale = _token_scale(quantized.scale, w.ndim, numbers)

@@ -10,6 +10,7 @@ the roundings of operands to x's dtype: 1 where the weight is dequantized to it,
 or 8-bit float (nf4); 2 where quantized activations are dequantized too; 0 where codes are multiplied.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -20,6 +21,7 @@ import pytest
 import qjax
 from qjax import ops
 from qjax.qtensor import QTensor
+from qjax.scheme import Scheme
 
 # scheme: r of the bound
 SCHEMES = {
@@ -116,6 +118,19 @@ def test_einsum(name, rng, decoded, quantized_tokens):
         k = int(np.prod([w_shape[a] for a in axes]))
         magnitude = np.einsum(subscripts, np.abs(near), np.abs(w))
         check(y, np.einsum(subscripts, near, w), magnitude, k, x.dtype, 1)
+
+
+@pytest.mark.parametrize("k", [16, 32])
+def test_activations_of_a_codebook_of_which_one_group_covers_a_token(
+    k, rng, decoded, quantized_tokens
+):
+    """Their codes are indices, and no numbers to multiply."""
+    scheme = Scheme.parse("mxfp4-a4")
+    weights = dataclasses.replace(scheme.weights, group_size=16)
+    q = qjax.quantize(weight(rng, (k, 5)), dataclasses.replace(scheme, weights=weights))
+    x = tokens(rng, (3, k))
+    near, w = quantized_tokens(np.asarray(x, np.float64), q.activations), decoded(q)
+    check(qjax.matmul(x, q), near @ w, np.abs(near) @ np.abs(w), k, x.dtype, 1)
 
 
 @pytest.mark.parametrize("name", FORMS)
