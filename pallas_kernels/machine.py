@@ -17,6 +17,7 @@ plain integers or words on the other side. A *real* is a float32, one for each t
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Word = Any  # + * // % & | ^ << >> <, as uint32
@@ -24,6 +25,24 @@ Real = Any  # opaque: only a machine computes with it
 Half = Literal["bfloat16", "float16"]  # the 16-bit floats of tensor-core products
 Operand = Literal["bfloat16", "float16", "int8", "float8_e4m3fn"]  # what wgmma multiplies
 Sum = Any  # a real, or a word that is an int32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """64 rows of 32 bytes in shared memory: an A operand of :meth:`Machine.wgmma`.
+
+    They are a half of rows of 64 bytes. Row r of those begins at word ``16 r``; its j-th 16 bytes are the
+    four words from ``4 * (j ^ r % 8 // 2)`` there.
+
+    Attributes:
+      place: of shared memory.
+      words: further on; the two together are a multiple of 128.
+      part: 0 or 1, which 32 bytes of the rows.
+    """
+
+    place: Word
+    words: int
+    part: int
 
 
 class Pointer(ABC):
@@ -200,7 +219,25 @@ class Machine(ABC):
 
     @abstractmethod
     def barrier(self) -> None:
-        """Waits for all threads of the block; what they wrote to shared memory is visible then."""
+        """Waits for all threads of the machine; what they wrote to shared memory is visible then."""
+        ...
+
+    @abstractmethod
+    def parted(
+        self,
+        threads: int,
+        registers: tuple[int, int],
+        first: Callable[["Machine"], None],
+        rest: Callable[["Machine"], None],
+    ) -> None:
+        """Two programs beside each other: of the first threads, and of those that follow.
+
+        Args:
+          threads: of the first; whole warpgroups.
+          registers: of a thread of either, multiples of 8: one side gives what the other takes.
+          first: is given the machine of these threads, whose barriers are theirs alone.
+          rest: likewise; they keep their numbers.
+        """
         ...
 
     @abstractmethod
@@ -335,7 +372,7 @@ class Machine(ABC):
     def wgmma(
         self,
         kind: Operand,
-        a: Sequence[Sequence[Word]],
+        a: Sequence[Sequence[Word]] | Sequence[Rows],
         tile: Word,
         step: int,
         sums: Sequence[Sequence[Sum]] | None,
@@ -349,7 +386,7 @@ class Machine(ABC):
         Args:
           kind: dtype of A and B: 16 inputs of 16 bits or 32 of 8. int8 has int32 sums.
           a: for each i four words, as in :meth:`mma` and :meth:`mma_int8`; warp w of the four holds rows
-            16 w to 16 w + 15.
+            16 w to 16 w + 15. Or, of 8 bits, where they lie in shared memory.
           tile: word of shared memory, a multiple of 256, where 128 bytes of each token begin, of which B
             is a part, transposed. Token t has 32 words; its j-th 16 bytes are the four words from
             ``4 * (j ^ t % 8)``.

@@ -5,6 +5,7 @@ With :mod:`pallas_kernels.ptx` the only file that imports Mosaic's internals (``
 their names move between releases of JAX.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
 from pallas_kernels import ptx
-from pallas_kernels.machine import Half, Machine, Operand, Pointer
+from pallas_kernels.machine import Half, Machine, Operand, Pointer, Rows
+
+# The upper half of descriptors: how rows are swizzled (128 bytes: 1; 64 bytes: 2), and sixteens of bytes
+# from eight rows to the next.
+_WIDE_ROWS = 1 << 30 | 1024 >> 4
+_SHORT_ROWS = (2 << 30 | 512 >> 4) - 2**32  # as MLIR takes it: with a sign
+_PART_BARRIER = 15  # the named barrier of the first threads of a block in two parts
 
 
 def launch(
@@ -192,6 +199,7 @@ class MosaicMachine(Machine):
         self.warp = MosaicWord(utils.warp_idx(sync=True))
         block = MosaicWord(arith.index_cast(ptx.i32(), gpu.block_id(gpu.Dimension.x)))
         self.block = (block // grid[1], block % grid[1])
+        self._barrier = "bar.sync 0;"
 
     def pointer(self, array: ir.Value, word: MosaicWord) -> MosaicPointer:
         """The address of a word."""
@@ -364,8 +372,31 @@ class MosaicMachine(Machine):
         self._arrival(arrival).wait_parity(arith.trunci(one, turn.value))
 
     def barrier(self) -> None:
-        """Of all threads of the block."""
-        gpu.barrier()
+        """Of all threads of this machine."""
+        ptx.ordered(self._barrier, [], "~{memory}")
+
+    def parted(
+        self,
+        threads: int,
+        registers: tuple[int, int],
+        first: Callable[[Machine], None],
+        rest: Callable[[Machine], None],
+    ) -> None:
+        """A branch that whole warpgroups take; only the first have a barrier of their own."""
+        branch = scf.IfOp((self.warp < threads // 32).value, has_else=True)
+        change = nvvm.SetMaxRegisterAction
+        with ir.InsertionPoint(branch.then_block):
+            nvvm.setmaxregister(registers[0], change.increase)
+            part = copy.copy(self)
+            part._barrier = f"bar.sync {_PART_BARRIER}, {threads};"
+            first(part)
+            scf.yield_([])
+        other = branch.else_block
+        assert other is not None
+        with ir.InsertionPoint(other):
+            nvvm.setmaxregister(registers[1], change.decrease)
+            rest(self)
+            scf.yield_([])
 
     def warpgroup_barrier(self) -> None:
         """Named barriers 1, 2 and so on; 0 is that of all threads."""
@@ -493,7 +524,7 @@ class MosaicMachine(Machine):
     def wgmma(
         self,
         kind: Operand,
-        a: Sequence[Sequence[MosaicWord]],
+        a: Sequence[Sequence[MosaicWord]] | Sequence[Rows],
         tile: MosaicWord,
         step: int,
         sums: Sequence[Sequence[Any]] | None,
@@ -501,23 +532,34 @@ class MosaicMachine(Machine):
     ) -> list[list[Any]]:
         """One instruction for each i, and the commit of them together."""
         # Registers of A and C must be written before the fence; what LLVM takes for pure it could move.
-        flat = [_raw(v) for values in (*a, *(sums or ())) for v in values]
+        in_registers = [words for words in a if not isinstance(words, Rows)]
+        flat = [_raw(v) for values in (*in_registers, *(sums or ())) for v in values]
         flat = ptx.pinned("wgmma.fence.sync.aligned;", flat)
-        a_flat, c_flat, count = flat[: 4 * len(a)], flat[4 * len(a) :], tokens // 2
-        descriptor = self._descriptor(tile, step)
+        size, count = 4 * len(in_registers), tokens // 2
+        descriptor = self._descriptor(tile, 8 * step, _WIDE_ROWS)
         results = [
-            ptx.wgmma(kind, a_flat[4 * i :][:4], descriptor, c_flat[count * i :][:count], tokens)
-            for i in range(len(a))
+            ptx.wgmma(
+                kind,
+                [self._descriptor(part.place, part.words + 8 * part.part, _SHORT_ROWS)]
+                if isinstance(part, Rows)
+                else flat[4 * i : 4 * i + 4],
+                descriptor,
+                flat[size + count * i :][: count if sums else 0],
+                tokens,
+            )
+            for i, part in enumerate(a)
         ]
         ptx.ordered("wgmma.commit_group.sync.aligned;", [], "")
         return [[_wrapped(value) for value in values] for values in results]
 
-    def _descriptor(self, tile: MosaicWord, step: int) -> ir.Value:
-        """Of a K-major tile whose rows are 128 bytes, swizzled: 8 rows are 1024 bytes apart."""
-        sixteens = (MosaicWord(self._shared_address(tile)) & 0x3FFFF) >> 4
-        start = arith.extui(ptx.i64(), (sixteens + 2 * step).value)
-        fixed = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
-        return arith.ori(start, _integer(fixed, ptx.i64()))
+    def _descriptor(self, place: MosaicWord, words: int, rows: int) -> ir.Value:
+        """Of a K-major operand that lies so many words after a place.
+
+        The constants come in by one addition of the lower half: places of one step share the rest.
+        """
+        sixteens = MosaicWord(self._shared_address(place)) >> 4
+        low = arith.extui(ptx.i64(), (sixteens + (words // 4 | 1 << 16)).value)
+        return arith.ori(low, _integer(rows << 32, ptx.i64()))
 
     def wait(self, pending: int, sums: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """What is returned passes through the instruction, so that no use of it comes before."""

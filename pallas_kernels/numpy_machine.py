@@ -3,18 +3,18 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int64, Shaped, UInt8, UInt32
+from jaxtyping import Float32, Int64, UInt32
 
-from pallas_kernels.machine import Half, Machine, Operand, Pointer
+from pallas_kernels import numpy_words
+from pallas_kernels.machine import Half, Machine, Operand, Pointer, Rows
+from pallas_kernels.numpy_waiting import Arrival, Turns
 
-_DTYPES = {"bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
-
-Words = UInt32[np.ndarray, " _threads"]
+Words = numpy_words.Words
 Reals = Float32[np.ndarray, " _threads"]
 
 
@@ -98,6 +98,7 @@ class NumpyMachine(Machine):
         self._waited: list[
             set[int]
         ] = []  # by the threads themselves; by all of them after a barrier
+        self._turns: Turns | None = None  # where there are two parts
 
     def pointer(self, array: np.ndarray, word: Words) -> NumpyPointer:
         """A place in the bits of an array."""
@@ -253,8 +254,7 @@ class NumpyMachine(Machine):
             rows = np.zeros((tokens, 32), np.uint32)
             present = words[first : first + tokens, left : left + 32]
             rows[: len(present)] = present
-            t, j = np.arange(tokens)[:, None], np.arange(32)
-            places = start + 32 * t + 4 * ((j // 4) ^ t % 8) + j % 4
+            places = start + numpy_words.inside_tokens(tokens, 0, 32)
             self._begin(arrival[thread], places.reshape(-1), rows.reshape(-1))
 
     def copy_out(
@@ -265,8 +265,7 @@ class NumpyMachine(Machine):
             start, first, left = (int(word[thread]) for word in (place, token, output))
             if start % 256:
                 raise IndexError(f"results at {start} of shared memory, must be a multiple of 256")
-            t, j = np.arange(tokens)[:, None], np.arange(32)
-            places = start + 32 * t + 4 * ((j // 4) ^ t % 8) + j % 4
+            places = start + numpy_words.inside_tokens(tokens, 0, 32)
             self._check_readable(places, np.full(places.size, thread // 128))
             self._going_out.update(places.reshape(-1).tolist())
             rows = self._shared[places].view(array.dtype)
@@ -287,19 +286,56 @@ class NumpyMachine(Machine):
         self._arrivals[int(arrival)].copies.append((places, words))
 
     def wait_for(self, arrival: Words, turn: Words) -> None:
-        """Refuses to wait for ever."""
+        """The other part goes on meanwhile, if there is one; refuses to wait for ever."""
         for place in np.unique(arrival):
             turns = np.unique(turn[arrival == place] % 2)
             waited = self._arrivals[int(place)]
-            if waited.arrived:
-                waited.finish(self)
-            if len(turns) != 1 or waited.turns % 2 == turns[0]:
-                raise ValueError(
-                    f"turn {turns} of an arrival that has had {waited.turns} is waited for"
-                )
+
+            def is_over(turns: np.ndarray = turns, waited: Arrival = waited) -> bool:
+                if waited.arrived == waited.threads:
+                    waited.finish(self.arrived)
+                return len(turns) == 1 and waited.turns % 2 != int(turns[0])
+
+            if self._turns is not None:
+                self._turns.pass_until(is_over)
+            if not is_over():
+                waited.refuse(turns)
             self._done_loads = max(self._done_loads, waited.loads)
             free = [id(read) for read in waited.reads]
             self._waited = [read for read in self._waited if id(read) not in free]
+
+    def parted(
+        self,
+        threads: int,
+        registers: tuple[int, int],
+        first: Callable[[Machine], None],
+        rest: Callable[[Machine], None],
+    ) -> None:
+        """One runs until it waits for the other, or is done."""
+        given = sum(
+            r * t for r, t in zip(registers, (threads, len(self.thread) - threads), strict=True)
+        )
+        if threads % 128 or any(count % 8 for count in registers) or given > 65536:
+            raise ValueError(f"{registers} registers for {threads} of {len(self.thread)} threads")
+        whole, block = self._state(), (int(self.block[0][0]), int(self.block[1][0]))
+        parts = []
+        for part in (slice(0, threads), slice(threads, None)):
+            self._become((*(values[part] for values in whole[:3]), self.block))
+            self.block = (self.word(block[0]), self.word(block[1]))
+            parts.append(self._state())
+        self._turns = Turns(state=self._state, become=self._become)
+        try:
+            self._turns.run((parts[0], lambda: first(self)), (parts[1], lambda: rest(self)))
+        finally:
+            self._turns = None
+            self._become(whole)
+
+    def _state(self) -> tuple[Any, ...]:
+        """Whose threads these are, and which of them run."""
+        return self.thread, self.warp, self.active, self.block
+
+    def _become(self, state: tuple[Any, ...]) -> None:
+        self.thread, self.warp, self.active, self.block = state
 
     def arrived(self, places: np.ndarray, words: np.ndarray) -> None:
         """What a copy brought, all threads that waited for it see."""
@@ -388,21 +424,25 @@ class NumpyMachine(Machine):
 
     def half_pair(self, half: Half, low: Reals, high: Reals) -> Words:
         """To the nearest."""
-        return _joined(half, np.stack([low, high], axis=-1))
+        return numpy_words.joined(half, np.stack([low, high], axis=-1))
 
     def half_pair_minus(self, half: Half, a: Words, b: Words) -> Words:
         """Pair by pair."""
-        wide = _halves(half, a).astype(np.float32) - _halves(half, b).astype(np.float32)
-        return _joined(half, wide)
+        wide = numpy_words.halves(half, a).astype(np.float32) - numpy_words.halves(half, b).astype(
+            np.float32
+        )
+        return numpy_words.joined(half, wide)
 
     def half_pair_times(self, half: Half, a: Words, b: Words) -> Words:
         """Pair by pair."""
-        wide = _halves(half, a).astype(np.float32) * _halves(half, b).astype(np.float32)
-        return _joined(half, wide)
+        wide = numpy_words.halves(half, a).astype(np.float32) * numpy_words.halves(half, b).astype(
+            np.float32
+        )
+        return numpy_words.joined(half, wide)
 
     def bytes_of(self, a: Words, b: Words, places: int) -> Words:
         """Gathers them."""
-        given = np.concatenate([_bytes(a), _bytes(b)], axis=-1)
+        given = np.concatenate([numpy_words.bytes_in(a), numpy_words.bytes_in(b)], axis=-1)
         chosen = given[:, [places >> 4 * i & 7 for i in range(4)]]
         return np.ascontiguousarray(chosen).view(np.uint32).reshape(-1)
 
@@ -412,23 +452,27 @@ class NumpyMachine(Machine):
 
     def e4m3_as_half(self, word: Words, which: str) -> Words:
         """Every value is one of float16 too."""
-        values = _bytes(word).view(jnp.float8_e4m3fn).astype(np.float32)
-        return _joined("float16", values[:, :2] if which == "low" else values[:, 2:])
+        values = numpy_words.bytes_in(word).view(jnp.float8_e4m3fn).astype(np.float32)
+        return numpy_words.joined("float16", values[:, :2] if which == "low" else values[:, 2:])
 
     def half_as_real(self, half: Half, pair: Words, which: str) -> Reals:
         """Low or high half."""
-        return _halves(half, pair)[:, 0 if which == "low" else 1].astype(np.float32)
+        return numpy_words.halves(half, pair)[:, 0 if which == "low" else 1].astype(np.float32)
 
     def mma(
         self, half: Half, a: Sequence[Words], b: Sequence[Words], c: Sequence[Reals]
     ) -> list[Reals]:
         """Products of float32 matrices."""
-        left, right = ([_halves(half, w).astype(np.float32) for w in words] for words in (a, b))
+        left, right = (
+            [numpy_words.halves(half, w).astype(np.float32) for w in words] for words in (a, b)
+        )
         return self._multiplied(left, right, c, np.float32)
 
     def mma_int8(self, a: Sequence[Words], b: Sequence[Words], c: Sequence[Words]) -> list[Words]:
         """Products of integers; a sum beyond int32 wraps, as it does on the device."""
-        left, right = ([_bytes(w).view(np.int8).astype(np.int32) for w in ws] for ws in (a, b))
+        left, right = (
+            [numpy_words.bytes_in(w).view(np.int8).astype(np.int32) for w in ws] for ws in (a, b)
+        )
         return self._multiplied(left, right, c, np.uint32)
 
     def _multiplied(
@@ -439,7 +483,7 @@ class NumpyMachine(Machine):
         A fragment's words hold ``run`` neighbours along the summed axis: 2 halves or 4 bytes.
         """
         lane = self.thread.astype(np.int64) % 32
-        warp, g, quad = self.warp.astype(np.int64), lane // 4, lane % 4
+        warp, g, quad = np.arange(len(lane)) // 32, lane // 4, lane % 4
         warps, run = len(lane) // 32, a[0].shape[-1]
         left = np.empty((warps, 16, 8 * run), a[0].dtype)
         right = np.empty((warps, 8 * run, 8), b[0].dtype)
@@ -457,7 +501,7 @@ class NumpyMachine(Machine):
     def wgmma(
         self,
         kind: Operand,
-        a: Sequence[Sequence[Words]],
+        a: Sequence[Sequence[Words]] | Sequence[Rows],
         tile: Words,
         step: int,
         sums: Sequence[Sequence[Any]] | None,
@@ -469,36 +513,57 @@ class NumpyMachine(Machine):
         if sums is None:
             nothing = self.word(0) if kind == "int8" else self.real(0.0)
             sums = [[nothing] * (tokens // 2) for _ in a]
-        starts = tile.reshape(-1, 128)  # a warpgroup a row
-        if np.any(starts != starts[:, :1]) or np.any(starts % 256):
-            raise IndexError(f"tiles begin at {starts[:, 0]}: one multiple of 256 a warpgroup")
-        token, word = np.arange(tokens)[:, None], np.arange(8)
-        inside = 32 * token + 4 * ((2 * step + word // 4) ^ token % 8) + word % 4
-        places = starts[:, :1, None] + inside  # warpgroup, token, word
-        read = set(places.reshape(-1).tolist())
-        if read & self._stored:
+        places = self._operand(tile, 256, numpy_words.inside_tokens(tokens, 2 * step, 8))
+        right = numpy_words.elements(kind, self._shared[places].reshape(-1))
+        right = np.repeat(right.reshape(len(places), tokens, -1), 4, axis=0).swapaxes(1, 2)
+        read, results = set(places.reshape(-1).tolist()), []
+        for part, values in zip(a, sums, strict=True):
+            if isinstance(part, Rows):
+                places = self._operand(
+                    part.place + part.words, 128, numpy_words.inside_rows(part.part)
+                )
+                read.update(places.reshape(-1).tolist())
+                left = numpy_words.elements(kind, self._shared[places].reshape(-1))
+                left = left.reshape(4 * len(places), 16, -1)
+            else:
+                left = self._left(kind, part)
+            results.append([Pending(t) for t in self._warpgroup_product(kind, left, right, values)])
+        self._under_way.append(read)
+        return results
+
+    def _operand(
+        self, start: Words, multiple: int, inside: Int64[np.ndarray, "_rows _words"]
+    ) -> Int64[np.ndarray, "_warpgroups _rows _words"]:
+        """The words of an operand in shared memory, that copies have brought there."""
+        starts = start.reshape(-1, 128)  # a warpgroup a row
+        if np.any(starts != starts[:, :1]) or np.any(starts % multiple):
+            raise IndexError(
+                f"tiles begin at {starts[:, 0]}: one multiple of {multiple} a warpgroup"
+            )
+        places = starts[:, :1, None] + inside
+        if set(places.reshape(-1).tolist()) & self._stored:
             raise ValueError("wgmma reads shared memory that threads wrote: it sees copies alone")
         if not self._written[places].all():
             raise ValueError("wgmma reads shared memory that nobody has written")
-        self._under_way.append(read)
-        right = _elements(kind, self._shared[places].reshape(-1))
-        right = np.repeat(right.reshape(len(places), tokens, -1), 4, axis=0).swapaxes(1, 2)
-        return [
-            [Pending(total) for total in self._warpgroup_product(kind, fragment, right, values)]
-            for fragment, values in zip(a, sums, strict=True)
-        ]
+        return places
 
-    def _warpgroup_product(
-        self, kind: Operand, a: Sequence[Words], right: np.ndarray, sums: Sequence[Any]
-    ) -> list[Any]:
+    def _left(self, kind: Operand, a: Sequence[Words]) -> np.ndarray:
+        """16 rows of each warp, from the registers of its lanes."""
         lane = self.thread.astype(np.int64) % 32
-        warp, g, quad = self.warp.astype(np.int64), lane // 4, lane % 4
-        rows = [_elements(kind, word) for word in a]
+        warp, g, quad = np.arange(len(lane)) // 32, lane // 4, lane % 4
+        rows = [numpy_words.elements(kind, word) for word in a]
         run = rows[0].shape[-1]
-        left = np.empty((len(lane) // 32, 16, 8 * run), right.dtype)
+        left = np.empty((len(lane) // 32, 16, 8 * run), rows[0].dtype)
         for i, row in enumerate(rows):
             for e in range(run):
                 left[warp, g + 8 * (i % 2), run * quad + e + 4 * run * (i // 2)] = row[:, e]
+        return left
+
+    def _warpgroup_product(
+        self, kind: Operand, left: np.ndarray, right: np.ndarray, sums: Sequence[Any]
+    ) -> list[Any]:
+        lane = self.thread.astype(np.int64) % 32
+        warp, g, quad = np.arange(len(lane)) // 32, lane // 4, lane % 4
         product = left @ right  # warp, row, token
         product = product.view(np.uint32) if kind == "int8" else product
         result = []
@@ -518,60 +583,8 @@ class NumpyMachine(Machine):
         return [[v.value if isinstance(v, Pending) else v for v in values] for values in sums]
 
 
-@dataclass
-class Arrival:
-    """What threads and copies are waited for through."""
-
-    threads: int
-    turns: int = 0
-    arrived: int = 0
-    expected: int = 0
-    copies: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-
-    reads: list[set[int]] = field(default_factory=list)
-    loads: int = 0
-
-    def arrive(self, threads: int, reads: list[set[int]], loads: int) -> None:
-        """Counts threads; they are done with what products and so many loads have read."""
-        self.arrived += threads
-        self.reads, self.loads = [*reads], loads
-
-    def finish(self, machine: NumpyMachine) -> None:
-        """Brings everything, and begins anew."""
-        if self.arrived != self.threads:
-            raise ValueError(f"{self.arrived} threads arrive where {self.threads} are waited for")
-        brought = 4 * sum(len(words) for _, words in self.copies)
-        if brought != self.expected:
-            raise ValueError(f"an arrival expects {self.expected} bytes, copies bring {brought}")
-        for places, words in self.copies:
-            machine.arrived(places, words)
-        self.turns, self.arrived, self.expected, self.copies = self.turns + 1, 0, 0, []
-
-
 @dataclass(frozen=True)
 class Pending:
     """A sum that is under way: no number until it is waited for."""
 
     value: Any
-
-
-def _elements(kind: Operand, word: Words) -> np.ndarray:
-    """The numbers in words, along a last axis: float32, or int32."""
-    if kind == "bfloat16" or kind == "float16":
-        return _halves(kind, word).astype(np.float32)
-    values = _bytes(word)
-    if kind == "int8":
-        return values.view(np.int8).astype(np.int32)
-    return values.view(jnp.float8_e4m3fn).astype(np.float32)
-
-
-def _bytes(word: Words) -> UInt8[np.ndarray, "_threads 4"]:
-    return np.ascontiguousarray(word).view(np.uint8).reshape(-1, 4)
-
-
-def _halves(half: Half, pair: Words) -> Shaped[np.ndarray, "_threads 2"]:
-    return np.ascontiguousarray(pair).view(_DTYPES[half]).reshape(-1, 2)
-
-
-def _joined(half: Half, values: Float32[np.ndarray, "_threads 2"]) -> Words:
-    return np.ascontiguousarray(values.astype(_DTYPES[half])).view(np.uint32).reshape(-1)

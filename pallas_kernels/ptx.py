@@ -50,10 +50,19 @@ def pinned(text: str, values: Sequence[ir.Value]) -> list[Any]:
 def wgmma(
     kind: Operand, a: Sequence[ir.Value], descriptor: ir.Value, c: Sequence[ir.Value], tokens: int
 ) -> list[Any]:
-    """``C + A . B``, under way when it returns; no C: ``A . B``."""
+    """``C + A . B``, under way when it returns; no C: ``A . B``.
+
+    Args:
+      kind: dtype of A and B.
+      a: four words; or, of 8 bits, a descriptor.
+      descriptor: of B.
+      c: none, or half as many as tokens.
+      tokens: columns of B.
+    """
     count, type_ = tokens // 2, i32() if kind == "int8" else f32()
-    names = [f"${i}" for i in range(count + len(c) + 5)]
+    names = [f"${i}" for i in range(count + len(c) + len(a) + 1)]
     accumulators, rest = ",".join(names[:count]), names[count + len(c) :]
+    left = f"{{{','.join(rest[:4])}}}" if len(a) == 4 else rest[0]
     shape = f"m64n{tokens}k{16 if kind in HALF else 32}"
     adds = 1 if c else 0
     dtypes, options = {
@@ -64,10 +73,11 @@ def wgmma(
     }[kind]
     text = (
         f"wgmma.mma_async.sync.aligned.{shape}.{dtypes} "
-        f"{{{accumulators}}}, {{{','.join(rest[:4])}}}, {rest[4]}, {adds}{options};"
+        f"{{{accumulators}}}, {left}, {rest[-1]}, {adds}{options};"
     )
     register = "r" if kind == "int8" else "f"
-    constraints = [f"={register}"] * count + [str(i) for i in range(len(c))] + ["r"] * 4 + ["l"]
+    operands = ["r"] * 4 if len(a) == 4 else ["l"]
+    constraints = [f"={register}"] * count + [str(i) for i in range(len(c))] + [*operands, "l"]
     result = llvm.StructType.get_literal([type_] * count)
     out: Any = llvm.inline_asm(
         result, [*c, *a, descriptor], text, ",".join(constraints), has_side_effects=True

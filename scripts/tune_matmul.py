@@ -59,7 +59,7 @@ MANY = {
         (2, 1, 1, 256, 1, 4), (1, 2, 1, 256, 1, 3), (1, 4, 1, 128, 1, 3), (2, 2, 1, 128, 1, 3),
         (1, 2, 1, 128, 2, 3), (4, 1, 1, 128, 1, 4), (1, 4, 1, 64, 1, 4),
     ),
-    4096: ((2, 1, 1, 256, 1, 4), (4, 1, 1, 128, 1, 4)),
+    4096: ((4, 1, 1, 128, 1, 4),),
 }  # fmt: skip
 # Besides those with 8-bit tokens, of which a step has more; alone where groups have sums of their own.
 SHORT_STEPS = {
@@ -71,7 +71,16 @@ SHORT_STEPS = {
         (2, 1, 1, 128, 1, 4), (1, 1, 1, 128, 1, 4), (1, 2, 1, 128, 1, 3), (2, 1, 1, 128, 1, 6),
         (1, 2, 1, 64, 1, 4), (1, 4, 1, 64, 1, 3),
     ),
-    4096: ((2, 1, 1, 128, 1, 4), (2, 1, 1, 128, 1, 6), (3, 1, 1, 128, 1, 4), (4, 1, 1, 64, 1, 4)),
+    4096: ((4, 1, 1, 64, 1, 4),),
+}  # fmt: skip
+# Besides, with a loader.
+LOADED = {
+    64: (),
+    256: ((2, 1, 1, 128, 1, 6), (2, 1, 1, 128, 1, 4), (2, 1, 1, 256, 1, 4), (2, 1, 1, 64, 1, 6)),
+    4096: (
+        (2, 1, 1, 256, 1, 4), (2, 1, 2, 128, 1, 4), (2, 1, 1, 128, 1, 6), (2, 1, 1, 128, 1, 4),
+        (3, 1, 1, 128, 1, 4),
+    ),
 }  # fmt: skip
 
 _KEY = ("weights", "tokens", "group_size", "m", "k", "n")  # what an entry is found by
@@ -102,10 +111,12 @@ def candidates(product: Product, known: Sequence[Config] = ()) -> list[Config]:
     cuts += () if product.has_half_tokens else SHORT_STEPS[bucket]
     many = [
         many_tokens.Config(
-            rows=rows, slices=slices, fragments=fragments, tokens=tokens, span=span, stages=stages
+            rows=rows, slices=slices, fragments=fragments, tokens=tokens, span=span, stages=stages,
+            loader=loader,
         )
-        for rows, slices, fragments, tokens, span, stages in cuts
-    ]
+        for loader, some in ((False, cuts), (True, LOADED[bucket]))
+        for rows, slices, fragments, tokens, span, stages in some
+    ]  # fmt: skip
     by_turns = [
         dataclasses.replace(config, resident=MULTIPROCESSORS)
         for config in many

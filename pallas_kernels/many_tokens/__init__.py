@@ -8,11 +8,11 @@ to be computed, and the layout of the weights, are those of few tokens (:mod:`pa
 - A warpgroup owns 64 or 128 outputs and all tokens of a tile. Products follow one another without a
   gap: one is under way while the codes of the next are unpacked.
 - Codes and tokens come to shared memory by copies of the hardware's own, ``stages`` steps of a ring
-  ahead; a step is ``span`` times 128 bytes of each token. Nobody waits at a barrier:
-  :mod:`~pallas_kernels.many_tokens.stream`.
+  ahead; a step is ``span`` times 128 bytes of each token. Nobody waits at a barrier. Where a tile is
+  large, a warpgroup of its own begins the copies: :mod:`~pallas_kernels.many_tokens.stream`.
 - ``ldmatrix`` brings a warp its codes from there, so distributed among its lanes that the tokens can
-  stay in the order of memory: :mod:`pallas_kernels.row_blocks`,
-  :mod:`~pallas_kernels.many_tokens.fragments`.
+  stay in the order of memory; 8-bit codes that meet their like are multiplied from where they lie:
+  :mod:`pallas_kernels.row_blocks`, :mod:`~pallas_kernels.many_tokens.fragments`.
 - Scales of groups are multiplied into 16-bit weights, as if they had been dequantized (one rounding).
   8-bit tokens meet codes as they are, int4 as e4m3 or int8: the sum of a group or block of 128 inputs is
   scaled by itself, in float32. All other scales are applied to sums: exact.

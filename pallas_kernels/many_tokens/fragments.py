@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pallas_kernels import operands, row_blocks
-from pallas_kernels.machine import Machine, Real, Sum, Word
+from pallas_kernels.machine import Machine, Real, Rows, Sum, Word
 from pallas_kernels.many_tokens import tiling
 from pallas_kernels.many_tokens.stream import Stream
 from pallas_kernels.many_tokens.tiling import PRODUCTS, Config, Tile
@@ -44,13 +44,26 @@ class Fragments:
         return [flat[count * i :][:count] for i in range(self.config.fragments)]
 
     def multiplied(
-        self, step: Word, i: int, operands: list[list[Word]], sums: list[list[Sum]] | None
+        self,
+        step: Word,
+        i: int,
+        operands: list[list[Word]] | list[Rows],
+        sums: list[list[Sum]] | None,
     ) -> list[list[Sum]]:
         """Sums and product i of a step, under way; no sums: the product."""
         place = self.stream.place(step) + i // PRODUCTS * self.stream.stage.tile
         return self.machine.wgmma(
             self.product.tokens, operands, place, i % PRODUCTS, sums, self.config.tokens
         )
+
+    def rows(self, step: Word, i: int) -> list[Rows]:
+        """A of product i of a step where it lies, for each fragment."""
+        stage, config = self.stream.stage, self.config
+        assert stage.plane is not None
+        first = self.machine.warp // 4 % config.rows * (4 * config.fragments * stage.block)
+        place = self.stream.place(step) + first
+        plane = stage.codes + i // 2 * stage.plane
+        return [Rows(place, plane + 4 * f * stage.block, i % 2) for f in range(config.fragments)]
 
     @property
     def code_words(self) -> int:

@@ -48,7 +48,7 @@ def _added_step(
     """``totals + sums * factors`` of a step, the factors repeated; makes the next step ready."""
     machine, stream = weights.machine, weights.stream
     sums = _multiplied(weights, step, ready)
-    stream.begin(step + (weights.config.stages - 2))
+    stream.begin_ahead(step)
     factors = weights.factors(step, weights.scales(step))
     after = stream.after(step)
     stream.wait(after)

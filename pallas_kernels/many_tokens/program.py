@@ -10,13 +10,15 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.device import MULTIPROCESSORS
 from pallas_kernels.machine import Machine, Word
-from pallas_kernels.many_tokens import group_sums, running_sums, tiling
+from pallas_kernels.many_tokens import group_sums, running_sums, stream, tiling
 from pallas_kernels.many_tokens.fragments import Fragments
 from pallas_kernels.many_tokens.stream import Stream
 from pallas_kernels.many_tokens.tile_output import TileOutput
 from pallas_kernels.many_tokens.tiling import Config, Shared, Tiles
 from pallas_kernels.product import SHARED_BYTES, Arrays, Product
 
+# Of a thread that multiplies and one that loads, by the number of warpgroups that multiply.
+_REGISTERS = {2: (240, 24), 3: (160, 32)}
 _MOST_GROUP_SUMS = 128  # tokens of a tile: their sums of a group take registers of their own
 
 
@@ -56,6 +58,10 @@ def check(product: Product, config: Config) -> None:
         raise ValueError(f"{config.rows=} x {config.slices=} warpgroups are more than 1024 threads")
     if config.resident is not None and config.slices > 1:
         raise ValueError(f"{config.slices=} must be 1 where {config.resident=} blocks take turns")
+    if config.loader and (config.slices > 1 or config.warpgroups not in _REGISTERS):
+        raise ValueError(
+            f"{config.rows=} must be 2 or 3 and {config.slices=} 1 where a loader copies for them"
+        )
     if 4 * shared_words(product, config) > SHARED_BYTES:
         raise ValueError(f"{config} needs more than {SHARED_BYTES} bytes of shared memory")
 
@@ -83,14 +89,18 @@ def default_config(product: Product, multiprocessors: int = MULTIPROCESSORS) -> 
 
     Up to 64 tokens reading counts: small tiles, steps of 256 bytes, and where even so multiprocessors are
     left over, slices of the inputs. Beyond, arithmetic does: tiles of 128 outputs x 256 tokens (128 where
-    groups have sums), smaller ones where there are too few; where each multiprocessor has more than two,
-    by turns. Less of everything where shared memory ends.
+    groups have sums), with a loader, smaller ones where there are too few; where each multiprocessor has
+    more than two, by turns. Less of everything where shared memory ends.
     """
     if product.m <= 64:
         return _short(product, multiprocessors)
     most = _MOST_GROUP_SUMS if product.has_group_sums else 256
     sizes = [(2, most), (1, most), (1, 128), (1, 64)]
-    cuts = [Config(rows=rows, tokens=tokens) for rows, tokens in sizes if tokens <= most]
+    cuts = [
+        Config(rows=rows, tokens=tokens, loader=rows in _REGISTERS)
+        for rows, tokens in sizes
+        if tokens <= most
+    ]
     cuts = [config for config in cuts if _fits(product, config)]
     config = next((c for c in cuts if _tiles(product, c) >= multiprocessors), cuts[-1])
     by_turns = dataclasses.replace(config, resident=multiprocessors)
@@ -128,16 +138,32 @@ def _fits(product: Product, config: Config) -> bool:
 
 
 def kernel(machine: Machine, arrays: Arrays, product: Product, config: Config) -> None:
-    """One block: `rows` x `slices` warpgroups."""
-    stream = Stream.at(machine, product, config, arrays)
-    weights = Fragments.of(stream)
+    """One block: `rows` x `slices` warpgroups, and maybe a loader."""
+    stream.start_arrivals(machine, product, config)
+
+    def multiply(machine: Machine) -> None:
+        _multiply_tiles(Stream.at(machine, product, config, arrays), arrays)
+
+    def load(machine: Machine) -> None:
+        Stream.of_loader(machine, product, config, arrays).begin_all()
+
+    if config.loader:
+        registers = _REGISTERS[config.warpgroups]
+        machine.parted(128 * config.warpgroups, registers, multiply, load)
+    else:
+        multiply(machine)
+
+
+def _multiply_tiles(own: Stream, arrays: Arrays) -> None:
+    machine, product, config = own.machine, own.product, own.config
+    weights = Fragments.of(own)
     output = TileOutput.of(machine, product, config, arrays)
-    stream.open()
+    own.open()
     sums_of = group_sums if product.has_group_sums else running_sums
 
     def one_tile(turn: Word, carry: list[Any]) -> list[Any]:
         sums, carry = sums_of.of_tile(weights, turn, carry)
-        tile = stream.tiles.at(machine, turn)
+        tile = own.tiles.at(machine, turn)
         output.store(tile, weights.scaled(tile, sums))
         return carry
 
@@ -145,5 +171,5 @@ def kernel(machine: Machine, arrays: Arrays, product: Product, config: Config) -
     if config.resident is None:
         one_tile(machine.word(0), carry)
     else:
-        machine.loop(stream.tiles.count(machine), carry, one_tile)
+        machine.loop(own.tiles.count(machine), carry, one_tile)
     machine.wait_for_copies_out()

@@ -11,12 +11,21 @@ from pallas_kernels.many_tokens.tiling import Config, Shared, Stage, Tile, Tiles
 from pallas_kernels.product import Arrays, Product
 
 
+def start_arrivals(machine: Machine, product: Product, config: Config) -> None:
+    """Makes the arrivals of all streams of a block ready."""
+    stages, full = config.slices * config.stages, Shared.of(product, config).arrivals
+    machine.start_arrivals(machine.word(full), stages, threads=1)
+    machine.start_arrivals(machine.word(full + 2 * stages), stages, threads=4 * config.rows)
+    machine.barrier()
+
+
 @dataclass(frozen=True)
 class Stream:
     """The steps of one slice, of one tile after the other, in a ring of stages.
 
     A stage has an *arrival* for what is copied into it, and one for the warps that have done with it. A
-    thread of each warp begins the copies of its warp's codes and scales, one warp those of the tokens.
+    thread of each warp begins the copies of its warp's codes and scales, one warp those of the tokens; or
+    the warps of a loader, a warpgroup that does nothing else, share out both.
     """
 
     machine: Machine
@@ -31,15 +40,30 @@ class Stream:
     start: Word  # of its stages
     full: Word  # arrivals of its stages, two words each: copied
     free: Word  # likewise: done with
-    own: list[Word]  # row block of each fragment of this warp, of those of a tile
+    own: list[Word]  # row blocks of a tile that this warp multiplies, or copies as a loader
     leads: Word  # whether this warp copies the tokens
 
     @staticmethod
     def at(machine: Machine, product: Product, config: Config, arrays: Arrays) -> "Stream":
-        """The stream of this thread's slice."""
-        shared, tiles = Shared.of(product, config), Tiles.of(product, config)
+        """The stream of this thread's slice; where there is a loader, one that only multiplies."""
         warpgroup, warp = machine.warp // 4, machine.warp % 4
         row, piece = warpgroup % config.rows, warpgroup // config.rows
+        own = [(row * config.fragments + f) * 4 + warp for f in range(config.fragments)]
+        return Stream._of(machine, product, config, arrays, piece, own, (row < 1) & (warp < 1))
+
+    @staticmethod
+    def of_loader(machine: Machine, product: Product, config: Config, arrays: Arrays) -> "Stream":
+        """The stream of the loader, which copies for all warpgroups."""
+        warp, piece = machine.warp % 4, machine.word(0)
+        own = [warp + 4 * f for f in range(config.rows * config.fragments)]
+        return Stream._of(machine, product, config, arrays, piece, own, warp < 1)
+
+    @staticmethod
+    def _of(
+        machine: Machine, product: Product, config: Config, arrays: Arrays, piece: Word,
+        own: list[Word], leads: Word,
+    ) -> "Stream":  # fmt: skip
+        shared, tiles = Shared.of(product, config), Tiles.of(product, config)
         steps, stages = tiling.steps(product, config), config.slices * config.stages
         full = piece * (2 * config.stages) + shared.arrivals
         return Stream(
@@ -57,19 +81,29 @@ class Stream:
             start=piece * (config.stages * shared.stage.size),
             full=full,
             free=full + 2 * stages,
-            own=[(row * config.fragments + f) * 4 + warp for f in range(config.fragments)],
-            leads=(row < 1) & (warp < 1),
+            own=own,
+            leads=leads,
         )
 
     def open(self) -> None:
-        """Makes the arrivals ready, and begins the first steps."""
-        machine, config = self.machine, self.config
-        stages, full = config.slices * config.stages, Shared.of(self.product, config).arrivals
-        machine.start_arrivals(machine.word(full), stages, threads=1)
-        machine.start_arrivals(machine.word(full + 2 * stages), stages, threads=4 * config.rows)
-        machine.barrier()
-        for step in range(config.stages - 2):
-            self.begin(machine.word(step))
+        """Begins the first steps, where no loader does."""
+        if not self.config.loader:
+            for step in range(self.config.stages - 2):
+                self.begin(self.machine.word(step))
+
+    def begin_ahead(self, step: Word) -> None:
+        """Begins the step that takes the place of the one before the last, where no loader does."""
+        if not self.config.loader:
+            self.begin(step + (self.config.stages - 2))
+
+    def begin_all(self) -> None:
+        """All that the loader does: begins step after step as soon as a stage is free."""
+
+        def one(step: Word, carry: list[Any]) -> list[Any]:
+            self.begin(step)
+            return carry
+
+        self.machine.loop(self.all_steps, [], one)
 
     def place(self, step: Word) -> Word:
         """Where a step lies."""
@@ -110,7 +144,7 @@ class Stream:
             self._copy_tokens(tile, step, place, full)
 
         def copy_weights() -> None:
-            for fragment in range(self.config.fragments):
+            for fragment in range(len(self.own)):
                 block = self.row_block(tile, fragment)
                 self._copy_weights(block, fragment, step, place, full)
 
@@ -134,7 +168,13 @@ class Stream:
         machine, product, stage = self.machine, self.product, self.stage
         words = product.k // row_blocks.COLUMNS * stage.block  # of a row block
         source = self.pointer(self.arrays.codes, block * words + step * stage.row, words)
-        machine.copy_words(place + self.codes_place(fragment), source, stage.row, full)
+        if stage.plane is None:
+            machine.copy_words(place + self.codes_place(fragment), source, stage.row, full)
+        else:
+            for i in range(stage.row // stage.block):
+                here = place + (self.own[fragment] * stage.block + (stage.codes + i * stage.plane))
+                source_of = source.advanced(machine.word(i), stage.block)
+                machine.copy_words(here, source_of, stage.block, full)
         if stage.groups:
             pairs = (block * product.groups + self.group(step)) * 8
             for array, here in zip(self._pairs, self.pair_places(fragment), strict=True):
@@ -152,7 +192,7 @@ class Stream:
         return [self.arrays.scale] + ([self.arrays.zero] if self.product.has_zeros else [])
 
     def codes_place(self, fragment: int) -> Word:
-        """Where the codes of a fragment of this warp lie in a stage."""
+        """Where the codes of a fragment of this warp lie in a stage, row block by row block."""
         return self.own[fragment] * self.stage.row + self.stage.codes
 
     def pair_places(self, fragment: int) -> list[Word]:

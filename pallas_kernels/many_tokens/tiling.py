@@ -25,6 +25,7 @@ class Config:
       stages: steps in shared memory: two that are multiplied, the others on their way.
       resident: blocks, one for each multiprocessor, that go through the tiles by turns: while one result
         is stored the next tile is already on its way. None: a block for each tile.
+      loader: whether a warpgroup of its own begins all copies; else each warp begins those of its codes.
     """
 
     rows: int
@@ -34,16 +35,17 @@ class Config:
     span: int = 1
     stages: int = 4
     resident: int | None = None
+    loader: bool = False
 
     @property
     def warpgroups(self) -> int:
-        """Of a block."""
+        """Of a block, that multiply."""
         return self.rows * self.slices
 
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 128 * self.warpgroups
+        return 128 * (self.warpgroups + self.loader)
 
     @property
     def own(self) -> int:
@@ -102,6 +104,15 @@ def tile_inputs(product: Product) -> int:
     return 64 if product.has_half_tokens else 128
 
 
+def takes_rows(product: Product) -> bool:
+    """Whether products take codes from shared memory, as they are.
+
+    Not where the sums of blocks are scaled: there a product is 64 outputs x 128 tokens at most, and both
+    operands would be three quarters of what shared memory can give.
+    """
+    return product.weights == product.tokens and not product.has_group_sums
+
+
 def steps(product: Product, config: Config) -> int:
     """That a slice of a tile takes."""
     return product.k // tile_inputs(product) // config.slices // config.span
@@ -109,11 +120,16 @@ def steps(product: Product, config: Config) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of one slice in shared memory, in words: tokens, tile by tile; codes; scales."""
+    """A step of one slice in shared memory, in words: tokens, tile by tile; codes; scales.
+
+    Codes lie row block by row block; or, where products take them from here, in planes of 64 inputs, and
+    in each of them row block by row block.
+    """
 
     tile: int  # tokens of one tile
     block: int  # codes of one block of 16 outputs x 64 inputs
     row: int  # codes of 16 outputs
+    plane: int | None  # codes of 64 inputs; None: row block by row block
     codes: int  # where they begin
     groups: int  # whose scales come along in pairs; part of one counts as one
     pairs: int  # scales of 16 outputs; of zeros there are as many
@@ -133,12 +149,13 @@ class Stage:
         groups = max(inputs // product.group_size, 1) if grouped and product.group_size else 0
         pairs = 8 * groups
         codes, row_count = config.span * tile, config.outputs // row_blocks.ROWS
+        plane = row_count * block if takes_rows(product) else None
         scales = codes + row_count * row
         token_scales = scales + row_count * pairs * (2 if product.has_zeros else 1)
         copied = token_scales + (config.tokens if product.has_blocks else 0)
         size = -(-copied // _ALIGNED) * _ALIGNED
         return Stage(
-            tile, block, row, codes, groups, pairs, scales, token_scales, copied, size
+            tile, block, row, plane, codes, groups, pairs, scales, token_scales, copied, size
         )  # fmt: skip
 
 

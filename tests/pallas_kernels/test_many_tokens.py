@@ -27,6 +27,8 @@ CASES = {
     "two rows, two blocks of tokens": (70, 256, 272, Config(rows=2, tokens=48)),
     "slices and a span": (9, 512, 80, Config(rows=1, slices=2, tokens=32, span=2, stages=3)),
     "all at once": (33, 512, 272, Config(rows=2, slices=2, fragments=2, tokens=32, stages=3)),
+    "a loader": (33, 640, 272, Config(rows=2, fragments=2, tokens=32, stages=3, loader=True)),
+    "a loader for three": (9, 256, 272, Config(rows=3, tokens=16, span=2, stages=3, loader=True)),
 }
 SMALL = ["one token, two fragments", "slices and a span"]
 KINDS = [("int4", False), ("int4", True), ("int8", False), ("int8", True), (E4M3, False)]
@@ -97,6 +99,7 @@ GROUP_CASES = {
     "slices": (33, 1024, 80, Config(rows=1, slices=2, tokens=32)),
     "by turns": (70, 640, 336, Config(rows=2, tokens=16, resident=3)),
     "by turns, even": (20, 512, 144, Config(rows=1, tokens=8, stages=3, resident=2)),
+    "a loader": (33, 640, 272, Config(rows=2, tokens=16, resident=2, loader=True)),
 }
 
 
@@ -135,10 +138,11 @@ def test_int4_with_e4m3_tokens_against_float64(rng, byte_tokens, case):
     assert o.relative_error(multiplied(o, config)) < 2e-6
 
 
+@pytest.mark.parametrize("loader", [False, True])
 @pytest.mark.parametrize("resident", [1, 3, 100])
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
-def test_blocks_that_take_tiles_by_turns(rng, half_tokens, byte_tokens, resident, out):
-    config = Config(rows=2, tokens=24, stages=3, resident=resident)
+def test_blocks_that_take_tiles_by_turns(rng, half_tokens, byte_tokens, resident, out, loader):
+    config = Config(rows=2, tokens=24, stages=3, resident=resident, loader=loader)
     for o in (
         half_tokens(rng, 70, 256, 336, weights="int4", half="bfloat16", group=64, asymmetric=True),
         half_tokens(rng, 70, 256, 336, weights="int8", half="float16", group=None, asymmetric=True),
@@ -215,6 +219,8 @@ SUMS = {"weights": E4M3, "tokens": E4M3, "group_size": 128}
         (SUMS, {"tokens": 136}, "config.tokens=136 must be 1 and at most 128 where the sums of groups"),
         (SUMS, {"span": 2}, "config.span=2 and config.tokens=128 must be 1 and at most 128"),
         ({}, {"rows": 3, "slices": 4}, "config.rows=3 x config.slices=4 warpgroups are more than 1024"),
+        ({}, {"loader": True}, "config.rows=1 must be 2 or 3 and config.slices=1 1 where a loader"),
+        ({}, {"rows": 2, "slices": 2, "loader": True}, "config.rows=2 must be 2 or 3 and config.slices=2 1"),
         ({}, {"rows": 2, "slices": 2, "tokens": 256}, "needs more than 232448 bytes of shared memory"),
     ],
 )  # fmt: skip

@@ -438,3 +438,66 @@ def test_a_warpgroup_sees_its_own_words_and_no_others(two_warpgroups):
     fresh.shared_store(fresh.thread, fresh.thread)
     fresh.barrier()
     assert fresh.shared_load(fresh.thread ^ 128)[0] == 128
+
+
+def test_two_parts_take_turns():
+    machine, brought = NumpyMachine(threads=256, block=(3, 5), shared=1032), []
+    array = np.arange(2048, dtype=np.uint32)
+    machine.start_arrivals(machine.word(1024), 1, threads=1)
+    machine.start_arrivals(machine.word(1026), 1, threads=4)
+    machine.barrier()
+
+    def read(part):
+        for turn in range(3):
+            part.wait_for(part.word(1024), part.word(turn))
+            brought.append(part.shared_load(part.thread)[:2].tolist())
+            part.one_thread(None, lambda: part.arrive(part.word(1026)))
+
+    def copy(part):
+        assert part.thread.tolist() == list(range(128, 256))
+        for turn in range(3):
+            part.wait_for(part.word(1026), part.word(turn + 1))
+
+            def begin(turn=turn):
+                part.expect(part.word(1024), 512)
+                place = part.pointer(array, part.word(128 * turn))
+                part.copy_words(part.word(0), place, 128, part.word(1024))
+
+            part.one_thread(part.warp < 5, begin)
+
+    machine.parted(128, (64, 32), read, copy)
+    assert brought == [[0, 1], [128, 129], [256, 257]]
+    assert machine.thread.size == 256
+    assert machine.block[1].tolist() == [5] * 256
+
+
+@pytest.mark.parametrize("stuck", ["first", "rest", "both"])
+def test_a_part_that_waits_for_what_nobody_does(stuck):
+    machine = NumpyMachine(threads=256, block=(0, 0), shared=8)
+    machine.start_arrivals(machine.word(0), 2, threads=4)
+    machine.barrier()
+
+    def program(name, own):
+        def run(part):
+            if stuck in (name, "both"):
+                part.wait_for(part.word(own), part.word(0))
+
+        return run
+
+    with pytest.raises(ValueError, match="of an arrival that has had 0 is waited for"):
+        machine.parted(128, (64, 32), program("first", 0), program("rest", 2))
+
+
+def test_what_a_part_refuses_is_raised():
+    machine = NumpyMachine(threads=256, block=(0, 0), shared=8)
+    machine.start_arrivals(machine.word(4), 1, threads=4)
+    machine.barrier()
+    with pytest.raises(ValueError, match="that nobody has written"):
+        machine.parted(
+            128,
+            (64, 32),
+            lambda part: part.wait_for(part.word(4), part.word(0)),
+            lambda part: part.shared_load(part.word(0)),
+        )
+    with pytest.raises(ValueError, match="registers for 128 of 256 threads"):
+        machine.parted(128, (300, 250), lambda part: None, lambda part: None)

@@ -106,6 +106,8 @@ def test_integers_are_multiplied_exactly(fresh, kernel, byte_tokens, m, weights)
         (100, many_tokens.Config(rows=2, tokens=64, span=2)),
         (300, many_tokens.Config(rows=4, tokens=128, span=2, stages=3)),
         (1000, many_tokens.Config(rows=2, tokens=256)),
+        (1000, many_tokens.Config(rows=2, fragments=2, tokens=128, loader=True)),
+        (100, many_tokens.Config(rows=3, tokens=64, span=2, stages=3, loader=True)),
     ],
 )
 @pytest.mark.parametrize("weights", ["int4", "int8", E4M3])
@@ -120,6 +122,8 @@ def test_cuts_of_many_tokens(fresh, half_tokens, m, config, weights):
         (300, many_tokens.Config(rows=2, tokens=64, resident=132)),
         (1000, many_tokens.Config(rows=2, tokens=128, resident=5)),
         (5000, many_tokens.Config(rows=2, tokens=256, resident=132)),
+        (5000, many_tokens.Config(rows=2, tokens=256, resident=132, loader=True)),
+        (300, many_tokens.Config(rows=3, tokens=64, resident=5, loader=True)),
     ],
 )
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
@@ -131,8 +135,9 @@ def test_blocks_that_take_tiles_by_turns(fresh, half_tokens, m, config, out, wei
 
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 @pytest.mark.parametrize("m", [300, 1000])
-def test_sums_of_groups_by_turns(fresh, byte_tokens, out, m):
-    config = many_tokens.Config(rows=2, tokens=128, resident=7)
+@pytest.mark.parametrize("loader", [False, True])
+def test_sums_of_groups_by_turns(fresh, byte_tokens, out, m, loader):
+    config = many_tokens.Config(rows=2, tokens=128, resident=7, loader=loader)
     blocks = byte_tokens(fresh, m, 4096, 1040, weights=E4M3, by_block=True)
     groups = byte_tokens(fresh, m, 4096, 1040, weights="int4", tokens=E4M3, group=128)
     run(fresh, many_tokens, blocks, config, out)
