@@ -100,23 +100,18 @@ def _quantize(
             w, scheme, factor, axis=axis, search=method.search, options=method.rounding, name=path
         )
         damping = float(factor.damping)
-    error, saturated = _compared(w, q)
-    if inputs is not None and inputs.statistics.hessian is not None:
-        near = qtensor.dequantize(q, jnp.float32)
-        error = statistics.relative_output_error(
-            gptq.as_inputs(w, axis), gptq.as_inputs(near, axis), inputs.statistics.hessian
-        )
+    error, saturated = compared(w, q, inputs)
     nnx_layers.install(layer, q)
     return LayerReport(
         path=path,
         scheme=scheme.name,
         method=method.name if inputs is not None or not method.calibrated else "rtn",
         shape=tuple(w.shape),
-        relative_output_error=float(error),
+        relative_output_error=error,
         bytes_before=w.nbytes,
         bytes_after=q.nbytes,
         seconds=time.perf_counter() - start,
-        saturated=int(saturated),
+        saturated=saturated,
         damping=damping,
         calibration_rows=None if inputs is None else int(inputs.statistics.rows),
     )
@@ -170,6 +165,17 @@ def _left_alone(path: str, layer: QuantizableLayer, reason: str) -> LayerReport:
         seconds=0.0,
         reason=reason,
     )
+
+
+def compared(w: Float[Array, "..."], q: QTensor, inputs: Inputs | None) -> tuple[float, int]:
+    """What :class:`qjax.report.LayerReport` calls the relative output error, and infinite weights."""
+    error, saturated = _compared(w, q)
+    if inputs is not None and inputs.statistics.hessian is not None:
+        near = qtensor.dequantize(q, jnp.float32)
+        error = statistics.relative_output_error(
+            gptq.as_inputs(w, q.axis), gptq.as_inputs(near, q.axis), inputs.statistics.hessian
+        )
+    return float(error), int(saturated)
 
 
 @jax.jit

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How weights find their codes: what is done to a block first, then how each weight is rounded."""
+"""How weights find their codes: what is done to a block first, how each is rounded, what is learned."""
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
-from qjax.algorithms import awq, gptq, smoothquant
+from qjax.algorithms import awq, gptq, learned_rounding, smoothquant
 from qjax.ranges import RangeSearch
 
 RESCALINGS = {"awq": awq.Options(), "smoothquant": smoothquant.Options()}
-ROUNDINGS = {"rtn": None, "gptq": gptq.Options(order="by-group")}
 
 # The last tenth of the range and more is never worth its steps: AWQ's code looks down to a half.
 _CLIPPED = RangeSearch(method="output", steps=20, max_shrink=0.5)
@@ -21,27 +21,35 @@ class Method:
       rescaling: AWQ or SmoothQuant, whose factors are folded into a block first; None: neither.
       search: how the range of each tile is chosen.
       rounding: the options of GPTQ; None: each weight to the nearest value by itself.
+      learned: how a block's codes, scales and zeros are trained from there; None: they are not.
     """
 
     rescaling: awq.Options | smoothquant.Options | None = None
     search: RangeSearch = RangeSearch()
     rounding: gptq.Options | None = None
+    learned: learned_rounding.Options | None = None
 
     @property
     def name(self) -> str:
         """The algorithms, joined by plus signs."""
-        first = {awq.Options: ["awq"], smoothquant.Options: ["smoothquant"]}
-        then = [] if self.rounding is None else ["gptq"]
-        return "+".join(first.get(type(self.rescaling), []) + then) or "rtn"
+        links = [name for name, of in RESCALINGS.items() if isinstance(self.rescaling, type(of))]
+        links += ["gptq"] if self.rounding is not None else []
+        links += ["learned"] if self.learned is not None else []
+        return "+".join(links) or "rtn"
 
     @property
     def calibrated(self) -> bool:
         """Whether it needs to see activations."""
-        return self.rescaling is not None or self.rounding is not None or self.needs_hessians
+        return self.by_block or self.rounding is not None or self.needs_hessians
+
+    @property
+    def by_block(self) -> bool:
+        """Whether it needs to run a model block by block, and change a block as a whole."""
+        return self.rescaling is not None or self.learned is not None
 
     @property
     def needs_hessians(self) -> bool:
-        """Whether it needs their second moments, too."""
+        """Whether it needs the second moments of activations, too."""
         return (
             self.rounding is not None
             or self.search.method == "output"
@@ -50,10 +58,10 @@ class Method:
 
     @staticmethod
     def parse(name: str, search: RangeSearch | None = None) -> "Method":
-        """Reads ``rtn``, ``gptq``, ``awq``, ``smoothquant``, or a chain such as ``awq+gptq``.
+        """Reads ``rtn``, ``gptq``, ``awq``, ``smoothquant``, ``learned``, or a chain of them.
 
         Args:
-          name: at most one rescaling, then at most one rounding.
+          name: at most one rescaling, then at most one rounding, then what is learned from there.
           search: how ranges are chosen; by default as suits the method.
 
         Raises:
@@ -63,16 +71,32 @@ class Method:
           >>> Method.parse("awq+gptq").name, Method.parse("awq").needs_hessians
           ('awq+gptq', True)
         """
-        if name not in names():
+        if name not in _CHAINS:
             raise ValueError(f"unknown method {name!r}: there are {', '.join(names())}")
-        first, _, second = name.partition("+")
-        rescaling = RESCALINGS.get(first)
-        rounding = second or ("rtn" if rescaling else first)
-        suited = _CLIPPED if first == "awq" else RangeSearch()
-        return Method(rescaling=rescaling, search=search or suited, rounding=ROUNDINGS[rounding])
+        return replace(_CHAINS[name], search=search or _CHAINS[name].search)
 
 
 def names() -> tuple[str, ...]:
     """All that :meth:`Method.parse` reads."""
-    chains = (f"{first}+gptq" for first in RESCALINGS)
-    return (*ROUNDINGS, *RESCALINGS, *chains)
+    return tuple(_CHAINS)
+
+
+def _chains() -> dict[str, Method]:
+    """Every chain by its name."""
+    methods = [
+        Method(rescaling=rescaling, rounding=rounding, learned=learned)
+        for learned, rounding, rescaling in itertools.product(
+            (None, learned_rounding.Options()),
+            (None, gptq.Options(order="by-group")),
+            (None, *RESCALINGS.values()),
+        )
+    ]
+    return {
+        method.name: replace(method, search=_CLIPPED)
+        if isinstance(method.rescaling, awq.Options)
+        else method
+        for method in methods
+    }
+
+
+_CHAINS = _chains()

@@ -80,20 +80,30 @@ def rows_of(layer: QuantizableLayer, x: Num[Array, "..."]) -> Num[Array, "rows k
     Raises:
       ValueError: the layer multiplies a batch of weights, or stacked ones.
     """
-    match layer:
-        case nnx.Linear() if stacked_axes(layer) == 0:
-            summed = (x.ndim - 1,)
-        case nnx.LinearGeneral() if stacked_axes(layer) == 0 and not layer.batch_axis:
-            summed = tuple(sorted(a % x.ndim for a in layer.axis))
-        case nnx.Einsum() if stacked_axes(layer) == 0:
-            summed = _summed_of_input(layer, x.ndim)
-        case _:
-            raise ValueError(
-                "calibration needs one weight for all rows; this layer has a batch of them"
-            )
+    summed = summed_axes(layer, x.ndim)
     kept = [i for i in range(x.ndim) if i not in summed]
     k = math.prod(x.shape[i] for i in summed)
     return jnp.transpose(x, (*kept, *summed)).reshape(-1, k)
+
+
+def summed_axes(layer: QuantizableLayer, ndim: int) -> tuple[int, ...]:
+    """The axes of a layer's input that its product sums over, in the order of its weight's.
+
+    Args:
+      layer: multiplies all rows of its input with one weight.
+      ndim: of the input.
+
+    Raises:
+      ValueError: the layer multiplies a batch of weights, or stacked ones.
+    """
+    match layer:
+        case nnx.Linear() if stacked_axes(layer) == 0:
+            return (ndim - 1,)
+        case nnx.LinearGeneral() if stacked_axes(layer) == 0 and not layer.batch_axis:
+            return tuple(sorted(a % ndim for a in layer.axis))
+        case nnx.Einsum() if stacked_axes(layer) == 0:
+            return _summed_of_input(layer, ndim)
+    raise ValueError("calibration needs one weight for all rows; this layer has a batch of them")
 
 
 def _summed_of_input(layer: nnx.Einsum, ndim: int) -> tuple[int, ...]:

@@ -58,10 +58,10 @@ def quantize_model(
       ('layers/0', 8704)
     """
     method = Method.parse(method, search) if isinstance(method, str) else method
-    if method.rescaling is not None:
+    if method.by_block:
         raise ValueError(
-            f"{method.name} folds factors into what feeds a layer, which a whole model does not tell; "
-            "qjax.quantize_sequentially takes it block by block"
+            f"{method.name} changes what feeds a layer, or layers together, which needs the model in "
+            "blocks; qjax.quantize_sequentially takes it block by block"
         )
     if method.calibrated and observed is None:
         raise ValueError(

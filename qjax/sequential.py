@@ -6,7 +6,9 @@ blocks. Statistics of a block are taken while its own weights are still as they 
 """
 
 import functools
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -15,7 +17,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qjax import assignment, layer_quantization, nnx_layers, observation, rescaling
+from qjax import (
+    assignment,
+    layer_quantization,
+    nnx_layers,
+    observation,
+    reconstruction,
+    rescaling,
+)
+from qjax.algorithms import learned_rounding
 from qjax.assignment import Assignment
 from qjax.blockwise import Block, Blockwise
 from qjax.layer_quantization import Inputs
@@ -70,18 +80,29 @@ def quantize_sequentially(
     run = functools.partial(_run, apply=blockwise.apply, compute_dtype=_compute_dtype())
     batches = np.array_split(tokens, range(batch_size, len(tokens), batch_size))
     hidden = [_entered(blockwise, batch) for batch in batches]
+    # What the unquantized model makes of the tokens: where learned rounding wants to get to.
+    unquantized = hidden
     done: dict[str, LayerReport] = {}
     for block in blockwise.blocks:
         paths = [path for path in assigned.quantized if path.startswith(f"{block.path}/")]
         observed = _observed(block, hidden, paths, method, run)
         on_step(f"{block.path} observed")
+        if method.learned is not None:
+            unquantized = _outputs(block.module, block, unquantized, run)
         if observed is not None and method.rescaling is not None:
             observed = _rescaled(block, observed, hidden, assigned, method.rescaling, blockwise)
         plain = copied(block.module)
-        done |= _quantize_block(block, paths, assigned, method, observed)
+        known = _known(block, observed, method)
+        reports = _quantize_block(paths, assigned, method, known)
+        if method.learned is not None and paths:
+            was = replace(block, module=plain)
+            reports = _learn(
+                was, block.module, reports, known, method.learned,
+                inputs=hidden, targets=unquantized, apply=blockwise.apply,
+            )  # fmt: skip
+        done |= reports
         if block is not blockwise.blocks[-1]:
-            graphdef, state = nnx.split(_simulated(plain, block.module))
-            hidden = [_output(run(graphdef, state, x, block.context)) for x in hidden]
+            hidden = _outputs(_simulated(plain, block.module), block, hidden, run)
         on_step(f"{block.path} quantized")
     for path in assigned.layers:
         if path not in done:
@@ -102,10 +123,12 @@ def _entered(blockwise: Blockwise, batch: np.ndarray) -> Array:
     return x.astype(_compute_dtype() or x.dtype)
 
 
-def _output(ran: tuple[Array | None, Observed]) -> Array:
-    output, _ = ran
-    assert output is not None  # of a run in which nothing is watched
-    return output
+def _outputs(
+    module: nnx.Module, block: Block, hidden: list[Array], run: Callable[..., Any]
+) -> list[Array]:
+    """What a block gives for what reaches it."""
+    graphdef, state = nnx.split(module)
+    return [run(graphdef, state, x, block.context)[0] for x in hidden]
 
 
 def _rescaled(
@@ -171,21 +194,69 @@ def _run(
     return None if wanted else result[0], observed
 
 
+def _known(block: Block, observed: Observed | None, method: Method) -> dict[str, Inputs]:
+    if observed is None:
+        return {}
+    known = layer_quantization.inputs_of(observed, f"{block.path}/")
+    _check(known, method)
+    return known
+
+
 def _quantize_block(
-    block: Block,
-    paths: list[str],
-    assigned: Assignment,
-    method: Method,
-    observed: Observed | None,
+    paths: list[str], assigned: Assignment, method: Method, known: dict[str, Inputs]
 ) -> dict[str, LayerReport]:
-    known: dict[str, Inputs] = {}
-    if observed is not None:
-        known = layer_quantization.inputs_of(observed, f"{block.path}/")
-        _check(known, method)
     return {
         path: layer_quantization.quantize_layer(path, assigned, method, known.get(path))
         for path in paths
     }
+
+
+def _learn(
+    was: Block,
+    quantized: nnx.Module,
+    reports: dict[str, LayerReport],
+    known: dict[str, Inputs],
+    options: learned_rounding.Options,
+    *,
+    inputs: list[Array],
+    targets: list[Array],
+    apply: Callable[..., Any],
+) -> dict[str, LayerReport]:
+    """Trains the layers of a quantized block together, in place; the reports are those of the result.
+
+    Args:
+      was: the block before it was quantized, factors folded in.
+      quantized: the block now.
+      reports: of its layers.
+      known: what they multiply.
+      options: how to train.
+      inputs: what reaches the block.
+      targets: what it should give.
+      apply: runs a block.
+    """
+    start = time.perf_counter()
+    held = nnx_layers.quantized_layers(quantized)
+    # A layer that shares another's weight changes with it.
+    own = {path: q for path, q in held.items() if not reports[f"{was.path}/{path}"].reason}
+    learned = reconstruction.reconstruct(
+        was, own, inputs, targets, apply=apply, options=options, compute_dtype=_compute_dtype()
+    )
+    layers = dict(nnx_layers.quantizable_layers(quantized))
+    before = dict(nnx_layers.quantizable_layers(was.module))
+    seconds = (time.perf_counter() - start) / max(1, len(own))
+    for path, q in learned.weights.items():
+        nnx_layers.variable_of(layers[path]).set_value(q)
+        name = f"{was.path}/{path}"
+        error, _ = layer_quantization.compared(
+            nnx_layers.weight_of(before[path]), q, known.get(name)
+        )
+        # A layer that nothing was known of was rounded to nearest.
+        method = "learned" if reports[name].method == "rtn" else reports[name].method
+        reports[name] = replace(
+            reports[name], method=method, relative_output_error=error,
+            seconds=reports[name].seconds + seconds,
+        )  # fmt: skip
+    return reports
 
 
 def _check(known: dict[str, Inputs], method: Method) -> None:

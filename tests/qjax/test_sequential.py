@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import folding, nnx_layers, observation, qtensor, statistics
+from qjax import folding, nnx_layers, observation, qtensor, reconstruction, statistics
+from qjax.algorithms import learned_rounding
 from qjax.blockwise import Block, Blockwise, Channels, Fold
 from qjax.method import Method, names
 from qjax.nnx_layers import quantized_layers
@@ -208,6 +209,67 @@ def test_each_block_sees_the_quantized_ones_before_it(model, tokens):
         x = np.asarray(quantized.blocks[i](jnp.asarray(x)))
 
 
+@pytest.mark.parametrize("start", ["rtn", "awq+gptq"])
+def test_blocks_learn_from_quantized_inputs_to_give_what_the_original_ones_did(
+    model, tokens, start, monkeypatch
+):
+    """Also where factors are folded into them, and their norms are not the original ones any more."""
+    seen = []
+
+    def recorded(block, weights, inputs, targets, **options):
+        result = reconstruct(block, weights, inputs, targets, **options)
+        # The block itself is run on with the new weights afterwards.
+        as_it_was = dataclasses.replace(block, module=nnx.clone(block.module))
+        seen.append((as_it_was, weights, inputs, targets, result))
+        return result
+
+    reconstruct = reconstruction.reconstruct
+    monkeypatch.setattr(reconstruction, "reconstruct", recorded)
+    method = dataclasses.replace(
+        Method.parse(start), learned=learned_rounding.Options(steps=10, batch=1)
+    )
+    quantized, report = qjax.quantize_sequentially(
+        model, chain, tokens, "w3a16-g8", method=method, batch_size=4
+    )
+    x, y = model.embed(tokens), model.embed(tokens)
+    by_path = {layer.path: layer for layer in report.layers}
+    for i, (block, weights, inputs, targets, result) in enumerate(seen):
+        y = model.blocks[i](y)
+        np.testing.assert_allclose(np.concatenate(inputs), x, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(np.concatenate(targets), y, rtol=1e-3, atol=1e-3)
+        assert weights.keys() == {"gate", "up", "down"}
+        for path, q in result.weights.items():
+            installed = quantized_layers(quantized)[f"blocks/{i}/{path}"]
+            for one, other in zip(jax.tree.leaves(installed), jax.tree.leaves(q), strict=True):
+                np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+            w = np.asarray(getattr(block.module, path).kernel.get_value())
+            wrong = np.asarray(qtensor.dequantize(q)) - w
+            rows = np.eye(len(w)) if start == "rtn" else np.asarray(block.module.norm(x))
+            if path != "down":
+                expected = np.linalg.norm(rows @ wrong) / np.linalg.norm(rows @ w)
+                error = by_path[f"blocks/{i}/{path}"].relative_output_error
+                assert error == pytest.approx(expected, rel=1e-3)
+        x = quantized.blocks[i](x)
+    assert len(seen) == 3 and any(result.after < result.before for *_, result in seen)
+    assert {layer.method for layer in report.quantized} == {method.name}
+
+
+def test_layers_that_share_a_weight_still_do_after_learning(tokens):
+    class Tied(MLP):
+        def __init__(self, rngs: nnx.Rngs):
+            super().__init__(rngs)
+            self.gate.kernel = self.up.kernel
+
+    tied = Model(nnx.Rngs(1))
+    tied.blocks = nnx.List([Tied(nnx.Rngs(i)) for i in range(2)])
+    method = dataclasses.replace(
+        Method.parse("learned"), learned=learned_rounding.Options(steps=10, batch=1)
+    )
+    quantized, _ = qjax.quantize_sequentially(tied, chain, tokens, "w3a16-g8", method=method)
+    for block in quantized.blocks:
+        assert block.gate.kernel is block.up.kernel
+
+
 def test_batches_and_devices_do_not_show(model, tokens):
     whole, _ = qjax.quantize_sequentially(model, chain, tokens, "w4a16-g8", method="gptq")
     cut, _ = qjax.quantize_sequentially(
@@ -244,8 +306,9 @@ def test_activations_that_are_not_finite_are_named(model, tokens):
 def test_the_whole_model_at_once_takes_what_it_was_shown(model, tokens):
     with pytest.raises(ValueError, match="gptq needs what the layers multiply"):
         qjax.quantize_model(model, "w4a16-g8", method="gptq")
-    with pytest.raises(ValueError, match="quantize_sequentially takes it block by block"):
-        qjax.quantize_model(model, "w4a16-g8", qjax.calibrate(model, [tokens]), method="awq")
+    for method in ("awq", "learned"):
+        with pytest.raises(ValueError, match=f"{method} .*sequentially takes it block by block"):
+            qjax.quantize_model(model, "w4a16-g8", qjax.calibrate(model, [tokens]), method=method)
     observed = qjax.calibrate(model, [tokens[:2], tokens[2:]])
     quantized, report = qjax.quantize_model(model, "w4a16-g8", observed, method="gptq")
     assert {layer.method for layer in report.quantized} == {"gptq"}
@@ -255,7 +318,9 @@ def test_the_whole_model_at_once_takes_what_it_was_shown(model, tokens):
     assert first["blocks/0/up"] == pytest.approx(theirs["blocks/0/up"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["", "gptqq", "gptq+awq", "awq+awq", "awq+", "rtn+gptq"])
+@pytest.mark.parametrize(
+    "name", ["", "gptqq", "gptq+awq", "awq+awq", "awq+", "rtn+gptq", "learned+gptq", "rtn+learned"]
+)
 def test_unknown_methods_are_named(name):
     with pytest.raises(ValueError, match="unknown method"):
         Method.parse(name)
