@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 from qjax.algorithms import awq, gptq, learned_rounding, smoothquant
 from qjax.ranges import RangeSearch
+from qjax.scheme import Recipe
 
 RESCALINGS = {"awq": awq.Options(), "smoothquant": smoothquant.Options()}
 
-# The last tenth of the range and more is never worth its steps: AWQ's code looks down to a half.
-_CLIPPED = RangeSearch(method="output", steps=20, max_shrink=0.5)
+BEST = "best"
+_BEST_FOR_WEIGHTS = "gptq+learned"
+_BEST_FOR_BOTH = "smoothquant+gptq+learned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +59,30 @@ class Method:
         )
 
     @staticmethod
-    def parse(name: str, search: RangeSearch | None = None) -> "Method":
-        """Reads ``rtn``, ``gptq``, ``awq``, ``smoothquant``, ``learned``, or a chain of them.
+    def parse(
+        name: str, search: RangeSearch | None = None, recipe: Recipe | None = None
+    ) -> "Method":
+        """Reads ``rtn``, ``gptq``, ``awq``, ``smoothquant``, ``learned``, a chain of them, or ``best``.
 
         Args:
           name: at most one rescaling, then at most one rounding, then what is learned from there.
           search: how ranges are chosen; by default as suits the method.
+          recipe: what the method is for; ``best`` asks whether activations are quantized, too.
 
         Raises:
-          ValueError: there is no such method.
+          ValueError: there is no such method, or ``best`` has no recipe to ask.
 
         Example:
           >>> Method.parse("awq+gptq").name, Method.parse("awq").needs_hessians
           ('awq+gptq', True)
+          >>> Method.parse("best", recipe=Recipe.uniform("w4a16-g128")).name
+          'gptq+learned'
         """
+        if name == BEST:
+            if recipe is None:
+                raise ValueError("the best method depends on the schemes: give the recipe")
+            both = any(rule.scheme and rule.scheme.activations for rule in recipe.rules)
+            name = _BEST_FOR_BOTH if both else _BEST_FOR_WEIGHTS
         if name not in _CHAINS:
             raise ValueError(f"unknown method {name!r}: there are {', '.join(names())}")
         return replace(_CHAINS[name], search=search or _CHAINS[name].search)
@@ -78,25 +90,36 @@ class Method:
 
 def names() -> tuple[str, ...]:
     """All that :meth:`Method.parse` reads."""
-    return tuple(_CHAINS)
+    return (*_CHAINS, BEST)
 
 
 def _chains() -> dict[str, Method]:
     """Every chain by its name."""
     methods = [
-        Method(rescaling=rescaling, rounding=rounding, learned=learned)
+        Method(
+            rescaling=rescaling,
+            search=_search(rescaling, learned),
+            rounding=rounding,
+            learned=learned,
+        )
         for learned, rounding, rescaling in itertools.product(
             (None, learned_rounding.Options()),
             (None, gptq.Options(order="by-group")),
             (None, *RESCALINGS.values()),
         )
     ]
-    return {
-        method.name: replace(method, search=_CLIPPED)
-        if isinstance(method.rescaling, awq.Options)
-        else method
-        for method in methods
-    }
+    return {method.name: method for method in methods}
+
+
+def _search(
+    rescaling: awq.Options | smoothquant.Options | None, learned: learned_rounding.Options | None
+) -> RangeSearch:
+    """The search that suits a chain."""
+    if isinstance(rescaling, awq.Options):
+        # The last tenth of the range and more is never worth its steps: AWQ's code looks down to a half.
+        return RangeSearch(method="output", steps=20, max_shrink=0.5)
+    # What is trained keeps to its ranges within some hundredths: they must be good ones to begin with.
+    return RangeSearch(method="absmax" if learned is None else "mse")
 
 
 _CHAINS = _chains()

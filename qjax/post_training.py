@@ -57,7 +57,8 @@ def quantize_model(
       >>> report.layers[0].path, report.layers[0].bytes_after
       ('layers/0', 8704)
     """
-    method = Method.parse(method, search) if isinstance(method, str) else method
+    recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
+    method = Method.parse(method, search, recipe) if isinstance(method, str) else method
     if method.by_block:
         raise ValueError(
             f"{method.name} changes what feeds a layer, or layers together, which needs the model in "
@@ -67,7 +68,6 @@ def quantize_model(
         raise ValueError(
             f"{method.name} needs what the layers multiply: give qjax.calibrate's result"
         )
-    recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
     result = copied(model)
     assigned = assignment.assign(result, recipe)
     known = {} if observed is None else layer_quantization.inputs_of(observed)

@@ -27,6 +27,7 @@ from qjax.nnx_layers import QuantizableLayer
 from qjax.qtensor import QTensor
 from qjax.scheme import ActivationScheme
 
+LEAST_WINDOWS = 2  # one to train on, one to measure on
 _CHECKS = 10  # how often, in a training, its loss is measured
 _HELD_OUT = 8  # one window in as many is for measuring, not for training
 
@@ -79,10 +80,10 @@ def reconstruct(
         fewer than two windows; or the loss at the start is not finite.
     """
     x, y = jnp.concatenate(inputs), jnp.concatenate(targets)
-    if len(x) < 2 or len(x) != len(y):
+    if len(x) < LEAST_WINDOWS or len(x) != len(y):
         raise ValueError(
-            f"{block.path}: two windows or more are needed, and a target for each; got {len(x)} "
-            f"and {len(y)}"
+            f"{block.path}: {LEAST_WINDOWS} windows or more are needed, and a target for each; got "
+            f"{len(x)} and {len(y)}"
         )
     graphdef, state = nnx.split(block.module)
     problem = _Problem(

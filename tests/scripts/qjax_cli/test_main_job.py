@@ -57,8 +57,11 @@ def test_quantized_directory_is_smaller_complete_and_as_good_as_in_memory(
     assert spoken.json["new_tokens"] == 5 and isinstance(spoken.json["text"], str)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-def test_calibrated_methods(qjax, source, tokens, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "chain"),
+    [("gptq", "gptq"), ("awq+gptq", "awq+gptq"), ("best", "gptq+learned")],
+)
+def test_calibrated_methods(qjax, source, tokens, tmp_path, method, chain):
     out, calibration = tmp_path / "out", tmp_path / "text.txt"
     calibration.write_text("the quick brown fox jumps over the lazy dog, again and again; " * 40)
     done = qjax(
@@ -68,7 +71,7 @@ def test_calibrated_methods(qjax, source, tokens, tmp_path, method):
     assert done.status == 0, done.err
     report = json.loads((out / "qjax_report.json").read_text())
     quantized = [layer for layer in report["layers"] if layer["scheme"]]
-    assert {layer["method"] for layer in quantized} == {method}
+    assert {layer["method"] for layer in quantized} == {chain}
     assert {layer["calibration_rows"] for layer in quantized} == {20 * 64}
     assert all(layer["damping"] == pytest.approx(0.01) for layer in quantized)
     judged = qjax("eval", out, "--tokens", tokens, "--baseline", source, "--json")
