@@ -65,7 +65,7 @@ class Options:
       batch: calibration windows of a step, at least 1.
       rounding_reach: how far a weight can move towards other codes in all steps together, and a zero; in
         gaps between codes, more than 0. AutoRound's is 1/2: steps of ``1 / steps`` that shrink
-        linearly to nothing.
+        linearly to nothing. With 1 a model lost a little less than with 1/2, and that less than with 1/4.
       range_reach: how much a scale can change in all steps together, as a share of it, in [0, 1);
         0 leaves scales as they are.
       seed: of the order in which windows are taken.
