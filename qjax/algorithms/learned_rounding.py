@@ -72,7 +72,7 @@ class Options:
     """
 
     steps: int = 200
-    batch: int = 4
+    batch: int = 2
     rounding_reach: float = 1.0
     range_reach: float = 0.05
     seed: int = 0
