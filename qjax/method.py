@@ -13,19 +13,20 @@ RESCALINGS = {"awq": awq.Options(), "smoothquant": smoothquant.Options()}
 # What measured best. Perplexity of the model that ships with qjax, in float32 on 2 CPU cores, calibrated
 # on [64, 512] tokens, over [24, 512] others; 7.2064 unquantized. Learned: 200 steps of two windows.
 #
-#   w4a16-g128   rtn 8.0968, gptq 7.485 (ranges by mse: 7.455), awq+gptq 7.468, gptq+learned 7.323
-#                and 7.311 (two seeds), with batches of four windows 7.353; llm-compressor 0.14's GPTQ 7.5125
-#   w3a16-g128   gptq+learned 7.580, at half the reach; llm-compressor's GPTQ 9.2715
+#   w4a16-g128   rtn 8.0968, gptq 7.485 (ranges by mse: 7.455), awq+gptq 7.468, gptq+learned 7.331; with
+#                a reach of 1 7.323, with another seed 7.311, with batches of four windows, too, 7.353;
+#                llm-compressor 0.14's GPTQ 7.5125
+#   w3a16-g128   gptq+learned 7.580, with a reach of 1 7.727; llm-compressor's GPTQ 9.2715
 #
 # With three of eight blocks quantized, there and over [24, 512] tokens of another part of the text, where
-# the model has 8.7746 unquantized; two seeds of the same differ by 0.002 and 0.006:
+# the model has 8.7746 unquantized, at a reach of 1; two seeds of the same differ by 0.002 and 0.006:
 #
 #   w4a16-g128   gptq 7.268, 8.863; gptq+learned 7.231, 8.824; awq+gptq+learned 7.233, 8.861
 #   w4a8         gptq 7.272, 8.911; gptq+learned 7.221, 8.874; smoothquant+gptq+learned 7.241, 8.830
 #
 # This model's activations have no outliers, and SmoothQuant makes no clear difference. With six channels
-# of each norm 48 times as large, and the weights behind them as much smaller, w4a8 gives gptq 7.993, 9.803
-# and smoothquant+gptq 7.268, 8.900.
+# of each norm 48 times as large, and the weights behind them as much smaller, w4a8 gives gptq 7.993,
+# 9.803 and smoothquant+gptq 7.268, 8.900.
 BEST = "best"
 _BEST_FOR_WEIGHTS = "gptq+learned"
 _BEST_FOR_BOTH = "smoothquant+gptq+learned"
