@@ -21,7 +21,7 @@ def fold(block: nnx.Module, where: Fold, scale: Float[Array, " c"]) -> None:
     Args:
       block: the module that the fold's paths begin at; no layer of the fold is quantized yet.
       where: the fold.
-      scale: positive, one entry a channel of the producer (:func:`channels`).
+      scale: positive, one entry a channel of the producer.
     """
     modules = modules_of(block)
     _divide(modules[where.producer.path], where, scale)
@@ -30,11 +30,6 @@ def fold(block: nnx.Module, where: Fold, scale: Float[Array, " c"]) -> None:
         layer = modules[path]
         assert isinstance(layer, nnx.Linear)
         layer.kernel.set_value(_scaled(layer.kernel.get_value(), at_input[:, None]))
-
-
-def channels(where: Fold, inputs: int) -> int:
-    """How many channels the producer has for so many inputs of the consumers."""
-    return inputs // where.queries_per_head
 
 
 def spread(where: Fold, scale: Float[Array, " c"]) -> Float[Array, " k"]:

@@ -59,7 +59,7 @@ class Method:
     @property
     def calibrated(self) -> bool:
         """Whether it needs to see activations."""
-        return self.by_block or self.rounding is not None or self.needs_hessians
+        return self.by_block or self.needs_hessians
 
     @property
     def by_block(self) -> bool:
@@ -133,7 +133,7 @@ def _search(
 ) -> RangeSearch:
     """The search that suits a chain."""
     if isinstance(rescaling, awq.Options):
-        # The last tenth of the range and more is never worth its steps: AWQ's code looks down to a half.
+        # As AWQ's own code does: ranges from the whole down to a half, in twenty steps.
         return RangeSearch(method="output", steps=20, max_shrink=0.5)
     # What is trained keeps to its ranges within some hundredths: they must be good ones to begin with.
     return RangeSearch(method="absmax" if learned is None else "mse")

@@ -7,8 +7,8 @@ Where one weight follows and its input stays as it is, the same is read off the 
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -28,21 +28,6 @@ from qjax.statistics import InputStatistics
 Rescaling = awq.Options | smoothquant.Options
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rescaled:
-    """What became of one fold.
-
-    Attributes:
-      consumers: paths of its layers in the block.
-      chosen: the ratio or strength; None where the place was left as it is.
-      loss: the block's squared error with it, as a share of that without a factor.
-    """
-
-    consumers: tuple[str, ...]
-    chosen: float | None
-    loss: float
-
-
 def rescale(
     block: Block,
     observed: Observed,
@@ -51,7 +36,7 @@ def rescale(
     samples: Float[Array, "B T D"],
     apply: Callable[..., Any],
     compute_dtype: Any,
-) -> tuple[Observed, tuple[Rescaled, ...]]:
+) -> Observed:
     """Folds the best factors into a block, in place.
 
     Args:
@@ -65,9 +50,8 @@ def rescale(
       compute_dtype: what layers compute in; None: what they would.
 
     Returns:
-      What the layers multiply now, and what was done.
+      What the layers multiply now.
     """
-    done = []
     for where in block.folds:
         held = {schemes.get(path) for path in where.consumers}
         if None in held or len(held) > 1:
@@ -75,10 +59,11 @@ def rescale(
         (scheme,) = held
         assert scheme is not None
         inputs = observed[where.consumers[0]]
-        tried, scales = candidates(block.module, where, inputs, scheme, options)
+        weights = _weights(block.module, where)
+        scales = candidates(weights, where, inputs, scheme, options)
         graphdef, state = nnx.split(block.module)
-        if len(where.consumers) == 1 and scheme.activations is None and inputs.hessian is not None:
-            (weight,) = (_weight(block.module, path) for path in where.consumers)
+        if len(weights) == 1 and scheme.activations is None and inputs.hessian is not None:
+            (weight,) = weights
             losses = _product_losses(weight, inputs.hessian, scales, where=where, scheme=scheme)
         else:
             losses = _block_losses(
@@ -89,44 +74,43 @@ def rescale(
         if best > 0:
             folding.fold(block.module, where, scales[best])
             observed = _divided(observed, where, scales[best])
-        chosen = None if best == 0 else tried[best - 1]
-        done.append(
-            Rescaled(consumers=where.consumers, chosen=chosen, loss=float(losses[best] / losses[0]))
-        )
-    return observed, tuple(done)
+    return observed
 
 
 def candidates(
-    module: nnx.Module,
+    weights: Sequence[Float[Array, "k _"]],
     where: Fold,
     inputs: InputStatistics,
     scheme: Scheme,
     options: Rescaling,
-) -> tuple[tuple[float, ...], Float[Array, "candidates c"]]:
-    """The ratios or strengths to be tried, and the factors of each; those of doing nothing come first."""
-    weights = [_weight(module, path) for path in where.consumers]
+) -> Float[Array, "candidates c"]:
+    """The factors of each ratio or strength that is tried; those of doing nothing come first.
+
+    Args:
+      weights: of the fold's consumers.
+      where: the fold.
+      inputs: what they multiply.
+      scheme: how they are going to be held.
+      options: which formula.
+    """
     match options:
         case awq.Options():
             activations = folding.gathered(where, inputs.mean_magnitude).mean(axis=0)
-            if options.by_weights:
-                relative = awq.relative_magnitude(weights, scheme.weights.group_size)
-                relative = folding.gathered(where, relative).mean(axis=0)
-            else:
-                relative = jnp.ones_like(activations)
-            tried = awq.RATIOS
-            scales = [awq.scale(activations, relative, ratio) for ratio in tried]
+            relative = awq.relative_magnitude(weights, scheme.weights.group_size)
+            relative = folding.gathered(where, relative).mean(axis=0)
+            scales = [awq.scale(activations, relative, ratio) for ratio in awq.RATIOS]
         case smoothquant.Options():
             activations = folding.gathered(where, inputs.absmax).max(axis=0)
             largest = jnp.max(jnp.abs(jnp.concatenate(weights, axis=1)), axis=1)
             largest = folding.gathered(where, largest.astype(jnp.float32)).max(axis=0)
             tried = smoothquant.STRENGTHS if options.strength is None else (options.strength,)
             scales = [smoothquant.scale(activations, largest, strength) for strength in tried]
-    return tried, jnp.stack([jnp.ones_like(scales[0]), *scales])
+    return jnp.stack([jnp.ones_like(scales[0]), *scales])
 
 
-def _weight(module: nnx.Module, path: str) -> Array:
-    layer = dict(nnx_layers.quantizable_layers(module))[path]
-    return nnx_layers.weight_of(layer)
+def _weights(module: nnx.Module, where: Fold) -> list[Array]:
+    layers = dict(nnx_layers.quantizable_layers(module))
+    return [nnx_layers.weight_of(layers[path]) for path in where.consumers]
 
 
 def _divided(observed: Observed, where: Fold, scale: Float[Array, " c"]) -> Observed:

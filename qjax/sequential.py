@@ -149,10 +149,9 @@ def _rescaled(
         for layers in observed.layers
         for path in layers
     }
-    observed, _ = rescaling.rescale(
+    return rescaling.rescale(
         block, observed, schemes, options, _samples(hidden), blockwise.apply, _compute_dtype()
     )
-    return observed
 
 
 def _observed(

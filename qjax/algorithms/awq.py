@@ -36,13 +36,7 @@ _LEAST = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How AWQ is run.
-
-    Attributes:
-      by_weights: whether the scale knows the magnitudes of weights too.
-    """
-
-    by_weights: bool = True
+    """How AWQ is run: there is nothing to choose."""
 
 
 def scale(
