@@ -79,6 +79,7 @@ class Blockwise:
     Attributes:
       blocks: in the order in which they run.
       enter: from tokens to what the first block takes.
+      entrance: paths of the modules whose weights ``enter`` reads.
       apply: runs a block: ``apply(module, x, context)``. A function of a module file, not a closure, so
         that blocks of one structure are compiled once.
     """
@@ -86,3 +87,4 @@ class Blockwise:
     blocks: tuple[Block, ...]
     enter: Callable[[Int[Array, "B T"]], Float[Array, "B T D"]]
     apply: Callable[[Any, Float[Array, "B T D"], Any], Float[Array, "B T D"]]
+    entrance: tuple[str, ...] = ()

@@ -40,8 +40,22 @@ def variable_of(layer: QuantizableLayer) -> nnx.Variable:
 
 
 def weight_of(layer: QuantizableLayer) -> Any:
-    """The array or QTensor that the layer multiplies with, or looks up in."""
-    return variable_of(layer)[...]
+    """The array or QTensor that the layer multiplies with, or looks up in; without arrays, its shape."""
+    return variable_of(layer).get_value()
+
+
+def named_variables(module: nnx.Module, prefix: str = "") -> dict[str, nnx.Variable]:
+    """The variables of a module by their slash-joined path, behind that of the module if it is given.
+
+    Args:
+      module: with arrays, or shapes in place of them.
+      prefix: ends with a slash, or is empty.
+    """
+    return {
+        prefix + "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Variable)
+    }
 
 
 def contraction_axes(layer: QuantizableLayer) -> tuple[int, ...]:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibrated quantization block by block: each sees what the quantized ones before it make of the tokens.
 
-One block's statistics are alive at a time, and the activations of the calibration tokens between two
-blocks. Statistics of a block are taken while its own weights are still as they were.
+One block's weights and statistics are alive at a time where a :class:`qjax.storage.Storage` holds the
+others outside, and one set of activations of the calibration tokens, in memory or in a file; two where
+rounding is learned, which wants to get to what the unquantized blocks make of the tokens. Statistics of a
+block are taken while its own weights are still as they were.
 """
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -19,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax import (
     assignment,
+    folding,
     layer_quantization,
     nnx_layers,
     observation,
@@ -30,14 +34,18 @@ from qjax.assignment import Assignment
 from qjax.blockwise import Block, Blockwise
 from qjax.layer_quantization import Inputs
 from qjax.method import Method
+from qjax.nnx_layers import QuantizableLayer
 from qjax.observation import Observed
 from qjax.post_training import copied
 from qjax.qtensor import QTensor
 from qjax.ranges import RangeSearch
 from qjax.report import LayerReport, QuantizationReport
 from qjax.scheme import Recipe
+from qjax.spilled import SpilledArrays
+from qjax.storage import Storage
 
 Model = TypeVar("Model", bound=nnx.Module)
+Activations = list[Array] | SpilledArrays  # the batches between two blocks
 
 
 def quantize_sequentially(
@@ -49,6 +57,8 @@ def quantize_sequentially(
     method: str | Method,
     search: RangeSearch | None = None,
     batch_size: int = 8,
+    storage: Storage | None = None,
+    spill: Path | None = None,
     on_step: Callable[[str], None] = lambda what: None,
 ) -> tuple[Model, QuantizationReport]:
     """Quantizes a model block by block with calibration.
@@ -56,17 +66,22 @@ def quantize_sequentially(
     Layers outside the blocks that the recipe names, embeddings and heads, are rounded to nearest.
 
     Args:
-      model: left as it is.
+      model: left as it is. With a storage that holds the weights outside, shapes in place of arrays.
       chain: what makes a :class:`qjax.blockwise.Blockwise` of it, given the length of the windows.
-      tokens: calibration windows.
+      tokens: calibration windows; a method that looks at no activations takes none of them.
       recipe: which layers are held how; a scheme's name means that scheme everywhere.
       method: how weights are rounded, or its name.
       search: how the range of each tile is chosen, where ``method`` is a name; None: as suits it.
       batch_size: windows at once; results do not depend on it but for the order of sums.
+      storage: where the weights come from and go to, part by part; None: they are in the model. Parts
+        that it has finished are not quantized again: the activations are taken through them.
+      spill: a directory for a file that holds the activations between two blocks; None: they are in
+        memory.
       on_step: called with what was done, ``2 * blocks`` times; for progress bars.
 
     Returns:
-      The quantized model and the report of every layer.
+      The quantized model, with shapes in place of arrays where a storage has them, and the report of
+      every layer.
 
     Raises:
       ValueError: as :func:`qjax.quantize_model` does; or a layer has more inputs than there are
@@ -79,39 +94,36 @@ def quantize_sequentially(
             f"{method.name} holds some calibration windows out to see what is learned: it needs "
             f"{reconstruction.LEAST_WINDOWS} or more, got {len(tokens)}; shorter windows are more"
         )
+    storage = Storage() if storage is None else storage
     result = copied(model)
     assigned = assignment.assign(result, recipe)
     blockwise = chain(result, tokens.shape[1])
     run = functools.partial(_run, apply=blockwise.apply, compute_dtype=_compute_dtype())
-    batches = np.array_split(tokens, range(batch_size, len(tokens), batch_size))
-    hidden = [_entered(blockwise, batch) for batch in batches]
-    # What the unquantized model makes of the tokens: where learned rounding wants to get to.
-    unquantized = hidden
+    hidden, unquantized = (SpilledArrays(spill) if spill else [] for _ in range(2))
+    if method.calibrated and any(storage.finished(b.path) is None for b in blockwise.blocks):
+        batches = np.array_split(tokens, range(batch_size, len(tokens), batch_size))
+        for wanted in (hidden, unquantized) if method.learned else (hidden,):
+            _enter(wanted, batches, blockwise, storage, folding.modules_of(result))
     done: dict[str, LayerReport] = {}
     for block in blockwise.blocks:
-        paths = [path for path in assigned.quantized if path.startswith(f"{block.path}/")]
-        observed = _observed(block, hidden, paths, method, run)
-        on_step(f"{block.path} observed")
-        if method.learned is not None:
-            unquantized = _outputs(block.module, block, unquantized, run)
-        if observed is not None and method.rescaling is not None:
-            observed = _rescaled(block, observed, hidden, assigned, method.rescaling, blockwise)
-        plain = copied(block.module)
-        known = _known(block, observed, method)
-        reports = _quantize_block(paths, assigned, method, known)
-        if method.learned is not None and paths:
-            was = replace(block, module=plain)
-            reports = _learn(
-                was, block.module, reports, known, method.learned,
-                inputs=hidden, targets=unquantized, apply=blockwise.apply,
-            )  # fmt: skip
-        done |= reports
-        if block is not blockwise.blocks[-1]:
-            hidden = _outputs(_simulated(plain, block.module), block, hidden, run)
+        blank = copied(block.module)
+        reports = storage.finished(block.path)
+        if reports is None or len(unquantized):
+            storage.load(block.path, block.module)
+        _advance(unquantized, block.module, block, run)
+        if reports is None:
+            reports = _quantize_block(block, hidden, unquantized, assigned, method, blockwise, run)
+            storage.keep(block.path, block.module, reports)
+        done |= {report.path: report for report in reports}
         on_step(f"{block.path} quantized")
-    for path in assigned.layers:
+        if len(hidden) and block is not blockwise.blocks[-1]:
+            storage.recall(block.path, block.module)
+            _advance(hidden, _simulated(blank, block.module), block, run)
+        storage.release(block.path, block.module)
+        on_step(f"{block.path} passed")
+    for path, layer in assigned.layers.items():
         if path not in done:
-            done[path] = layer_quantization.quantize_layer(path, assigned, method)
+            done[path] = _outside_the_blocks(path, layer, assigned, method, storage)
     return result, QuantizationReport(
         layers=tuple(done[path] for path in assigned.layers),
         unmatched_rules=assigned.unmatched_rules,
@@ -123,23 +135,38 @@ def _compute_dtype() -> Any:
     return jnp.float32 if jax.default_backend() == "cpu" else None
 
 
-def _entered(blockwise: Blockwise, batch: np.ndarray) -> Array:
-    x = blockwise.enter(jnp.asarray(batch))
-    return x.astype(_compute_dtype() or x.dtype)
+def _enter(
+    hidden: Activations,
+    batches: list[np.ndarray],
+    blockwise: Blockwise,
+    storage: Storage,
+    modules: dict[str, nnx.Module],
+) -> None:
+    """Makes the activations that the first block takes."""
+    for path in blockwise.entrance:
+        storage.load(path, modules[path])
+    for batch in batches:
+        x = blockwise.enter(jnp.asarray(batch))
+        hidden.append(x.astype(_compute_dtype() or x.dtype))
+    for path in blockwise.entrance:
+        storage.release(path, modules[path])
 
 
-def _outputs(
-    module: nnx.Module, block: Block, hidden: list[Array], run: Callable[..., Any]
-) -> list[Array]:
-    """What a block gives for what reaches it."""
+def _advance(
+    hidden: Activations, module: nnx.Module, block: Block, run: Callable[..., Any]
+) -> None:
+    """Replaces the activations before a block by those after it, batch by batch."""
     graphdef, state = nnx.split(module)
-    return [run(graphdef, state, x, block.context)[0] for x in hidden]
+    for i in range(len(hidden)):
+        output, _ = run(graphdef, state, hidden[i], block.context)
+        assert output is not None  # of a run in which nothing is watched
+        hidden[i] = output
 
 
 def _rescaled(
     block: Block,
     observed: Observed,
-    hidden: list[Array],
+    hidden: Activations,
     assigned: Assignment,
     options: rescaling.Rescaling,
     blockwise: Blockwise,
@@ -155,7 +182,7 @@ def _rescaled(
 
 
 def _observed(
-    block: Block, hidden: list[Array], paths: list[str], method: Method, run: Callable[..., Any]
+    block: Block, hidden: Activations, paths: list[str], method: Method, run: Callable[..., Any]
 ) -> Observed | None:
     """The statistics of a block's layers over all batches."""
     if not method.calibrated or not paths:
@@ -198,21 +225,36 @@ def _run(
     return None if wanted else result[0], observed
 
 
-def _known(block: Block, observed: Observed | None, method: Method) -> dict[str, Inputs]:
-    if observed is None:
-        return {}
-    known = layer_quantization.inputs_of(observed, f"{block.path}/")
-    _check(known, method)
-    return known
-
-
 def _quantize_block(
-    paths: list[str], assigned: Assignment, method: Method, known: dict[str, Inputs]
-) -> dict[str, LayerReport]:
-    return {
+    block: Block,
+    hidden: Activations,
+    targets: Activations,
+    assigned: Assignment,
+    method: Method,
+    blockwise: Blockwise,
+    run: Callable[..., Any],
+) -> tuple[LayerReport, ...]:
+    """Quantizes the layers of a block in place; those that no rule names are reported too."""
+    paths = [path for path in assigned.layers if path.startswith(f"{block.path}/")]
+    wanted = [path for path in paths if assigned.scheme(path) is not None]
+    observed = _observed(block, hidden, wanted, method, run)
+    known: dict[str, Inputs] = {}
+    if observed is not None:
+        if method.rescaling is not None:
+            observed = _rescaled(block, observed, hidden, assigned, method.rescaling, blockwise)
+        known = layer_quantization.inputs_of(observed, f"{block.path}/")
+        _check(known, method)
+    was = replace(block, module=copied(block.module))
+    reports = {
         path: layer_quantization.quantize_layer(path, assigned, method, known.get(path))
         for path in paths
     }
+    if method.learned is not None and wanted:
+        reports |= _learn(
+            was, block.module, reports, known, method.learned,
+            inputs=list(hidden), targets=list(targets), apply=blockwise.apply,
+        )  # fmt: skip
+    return tuple(reports.values())
 
 
 def _learn(
@@ -222,8 +264,8 @@ def _learn(
     known: dict[str, Inputs],
     options: learned_rounding.Options,
     *,
-    inputs: list[Array],
-    targets: list[Array],
+    inputs: Sequence[Array],
+    targets: Sequence[Array],
     apply: Callable[..., Any],
 ) -> dict[str, LayerReport]:
     """Trains the layers of a quantized block together, in place; the reports are those of the result.
@@ -263,6 +305,19 @@ def _learn(
     return reports
 
 
+def _outside_the_blocks(
+    path: str, layer: QuantizableLayer, assigned: Assignment, method: Method, storage: Storage
+) -> LayerReport:
+    reports = storage.finished(path)
+    if reports is None:
+        storage.load(path, layer)
+        reports = (layer_quantization.quantize_layer(path, assigned, method),)
+        storage.keep(path, layer, reports)
+        storage.release(path, layer)
+    (report,) = reports
+    return report
+
+
 def _check(known: dict[str, Inputs], method: Method) -> None:
     """Refuses what no method can work with, before any work is done on it."""
     for path, inputs in known.items():
@@ -278,22 +333,34 @@ def _check(known: dict[str, Inputs], method: Method) -> None:
             )
 
 
-def _simulated(plain: nnx.Module, quantized: nnx.Module) -> nnx.Module:
+def _simulated(blank: nnx.Module, quantized: nnx.Module) -> nnx.Module:
     """A plain block with the values of the quantized one, where only weights are quantized.
 
     All blocks are one compiled program then. Where products quantize their activations, the QTensors
     themselves take the weights' places.
     """
-    theirs = dict(nnx_layers.quantizable_layers(quantized))
-    for path, layer in nnx_layers.quantizable_layers(plain):
-        q = nnx_layers.weight_of(theirs[path])
+    ours, theirs = nnx_layers.named_variables(blank), nnx_layers.named_variables(quantized)
+    for path, variable in theirs.items():
+        value = variable.get_value()
+        if not isinstance(value, QTensor):
+            ours[path].set_value(value)
+    layers = dict(nnx_layers.quantizable_layers(quantized))
+    for path, layer in nnx_layers.quantizable_layers(blank):
+        q = nnx_layers.weight_of(layers[path])
         if isinstance(q, QTensor):
             rescaling.simulate(layer, q)
-    return plain
+    return blank
 
 
-def _samples(hidden: list[Array], most: int = 4096) -> Float[Array, "B T D"]:
+def _samples(hidden: Activations, most: int = 4096) -> Float[Array, "B T D"]:
     """Some windows, spread over all, of about so many tokens."""
-    windows = jnp.concatenate(hidden)
-    count = max(1, most // windows.shape[1])
-    return windows[:: max(1, len(windows) // count)][:count]
+    sizes = [x.shape[:2] for x in hidden]
+    windows, length = sum(size for size, _ in sizes), sizes[0][1]
+    count = max(1, most // length)
+    chosen = np.arange(windows)[:: max(1, windows // count)][:count]
+    ends = np.cumsum([size for size, _ in sizes])
+    rows = (
+        x[chosen[(end - len(x) <= chosen) & (chosen < end)] - (end - len(x))]
+        for end, x in zip(ends, hidden, strict=True)
+    )
+    return jnp.concatenate(list(rows))

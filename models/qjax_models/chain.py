@@ -39,6 +39,7 @@ def blockwise(model: Decoder, length: int) -> Blockwise:
             for index, block in enumerate(model.model.layers)
         ),
         enter=model.model.embed,
+        entrance=("model/embed_tokens",),
         apply=_apply,
     )
 

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import folding, nnx_layers, observation, qtensor, reconstruction, statistics
+from qjax import (
+    folding,
+    nnx_layers,
+    observation,
+    qtensor,
+    reconstruction,
+    sequential,
+    statistics,
+)
 from qjax.algorithms import learned_rounding
 from qjax.blockwise import Block, Blockwise, Channels, Fold
 from qjax.method import Method, names
@@ -269,6 +277,32 @@ def test_layers_that_share_a_weight_still_do_after_learning(tokens):
     quantized, _ = qjax.quantize_sequentially(tied, chain, tokens, "w3a16-g8", method=method)
     for block in quantized.blocks:
         assert block.gate.kernel is block.up.kernel
+
+
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", Method(learned=learned_rounding.Options(steps=5, batch=1))], ids=str
+)
+@pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8"])
+def test_activations_in_a_file_change_no_bit(model, tokens, tmp_path, method, scheme):
+    results = [
+        qjax.quantize_sequentially(
+            model, chain, tokens, scheme, method=method, batch_size=4, spill=spill
+        )[0]
+        for spill in (None, tmp_path)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, map(nnx.state, results)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (8, 8, 8, 1), (3,), (1, 1)])
+@pytest.mark.parametrize("most", [1, 20, 64, 10_000])
+def test_samples_are_windows_at_even_distances(sizes, most):
+    hidden = [jnp.arange(n * 10.0).reshape(n, 5, 2) + 1000 * i for i, n in enumerate(sizes)]
+    windows = np.concatenate(hidden)
+    count = max(1, most // 5)
+    expected = windows[:: max(1, len(windows) // count)][:count]
+    np.testing.assert_array_equal(sequential._samples(hidden, most), expected)
 
 
 def test_batches_and_devices_do_not_show(model, tokens):
