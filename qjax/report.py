@@ -40,6 +40,12 @@ class LayerReport:
     damping: float | None = None
     calibration_rows: int | None = None
 
+    @staticmethod
+    def from_json(entry: dict[str, Any]) -> "LayerReport":
+        """Reads an entry of :meth:`QuantizationReport.as_json`."""
+        fields: dict[str, Any] = entry | {"shape": tuple(entry["shape"])}
+        return LayerReport(**fields)
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
@@ -87,6 +93,14 @@ class QuantizationReport:
                 "seconds": sum(layer.seconds for layer in self.layers),
             },
         }
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "QuantizationReport":
+        """Reads what :meth:`as_json` gives."""
+        return QuantizationReport(
+            layers=tuple(map(LayerReport.from_json, value["layers"])),
+            unmatched_rules=tuple(value["unmatched_rules"]),
+        )
 
     def dumps(self) -> str:
         """The report as indented JSON text."""

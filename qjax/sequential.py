@@ -119,6 +119,7 @@ def quantize_sequentially(
         if len(hidden) and block is not blockwise.blocks[-1]:
             storage.recall(block.path, block.module)
             _advance(hidden, _simulated(blank, block.module), block, run)
+        del blank  # the only other holder of a block's weights
         storage.release(block.path, block.module)
         on_step(f"{block.path} passed")
     for path, layer in assigned.layers.items():

@@ -80,20 +80,20 @@ def new_directory(out: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        _flush(partial)
+        flush(partial)
         check_writable(out)  # renaming onto an empty directory made meanwhile would replace it
         partial.rename(out)
-        _flush_directory(out.parent)
+        flush_directory(out.parent)
     except BaseException as error:  # an interrupt must clean up too
         shutil.rmtree(partial, ignore_errors=True)
-        if reason := _disk_full_reason(error):
+        if reason := disk_full_reason(error):
             raise ValueError(
                 f"{out}: disk full while writing ({reason}); nothing is left of it"
             ) from error
         raise
 
 
-def _disk_full_reason(error: BaseException) -> str | None:
+def disk_full_reason(error: BaseException) -> str | None:
     """Returns the system's words if the disk was full, else None.
 
     TensorStore, below Orbax, reports errors of the system in words, without their number.
@@ -106,16 +106,16 @@ def _disk_full_reason(error: BaseException) -> str | None:
     return None
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     """Forces every file and directory below `folder` to the disk."""
     for directory, _, files in os.walk(folder):
         for name in files:
             with open(Path(directory, name), "rb") as file:
                 os.fsync(file.fileno())
-        _flush_directory(Path(directory))
+        flush_directory(Path(directory))
 
 
-def _flush_directory(folder: Path) -> None:
+def flush_directory(folder: Path) -> None:
     """Forces a directory's list of names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from qjax_checkpoints.checkpoint import Checkpoint
 from qjax_checkpoints.compressed_tensors.read import load_compressed
-from qjax_checkpoints.directory import check_directory, open_directory
+from qjax_checkpoints.directory import ModelDirectory, check_directory, open_directory
 from qjax_checkpoints.orbax_directory import DESCRIPTION_FILE, load_orbax
 from qjax_checkpoints.parameters import load_plain
 
@@ -37,3 +37,16 @@ def load(path: Path | str, dtype: DTypeLike | None = None) -> Checkpoint:
         )
     model = load_plain(directory, dtype)
     return Checkpoint(model=model, config=directory.config, path=path, kind="plain")
+
+
+def open_plain(path: Path) -> ModelDirectory | None:
+    """Opens a Hugging Face directory of plain tensors without reading them; None: it is another kind.
+
+    Raises:
+        ValueError: as `load` does.
+    """
+    check_directory(path)
+    if (path / DESCRIPTION_FILE).is_file():
+        return None
+    directory = open_directory(path)
+    return None if directory.config.get("quantization_config") else directory

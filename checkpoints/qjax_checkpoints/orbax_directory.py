@@ -24,13 +24,13 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import packing
 from qjax import QTensor, formats, nnx_layers
+from qjax.nnx_layers import named_variables
 from qjax.qtensor import plain, unpacked
 from qjax.scheme import ActivationScheme
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import read_json, write_json
 from qjax_checkpoints.parameters import (
     check_numbers,
-    named_variables,
     place,
     read_decoder_config,
 )

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Shaped
 
 from qjax import QTensor, nnx_layers
+from qjax.nnx_layers import named_variables
 from qjax.qtensor import plain
 from qjax_checkpoints.directory import ModelDirectory
 from qjax_checkpoints.shards import PendingTensor, pending
@@ -56,6 +57,21 @@ def abstract_model(directory: ModelDirectory, dtype: DTypeLike | None) -> Decode
     return Decoder.abstract(config, dtype)
 
 
+def abstract_plain(directory: ModelDirectory) -> Decoder:
+    """Returns the decoder of a directory of plain tensors, each parameter in its stored dtype.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or of a shape that the configuration forbids.
+    """
+    model = abstract_model(directory, None)
+    check_stored(model, directory, wanted=hf_tensors(model), names=list(directory))
+    variables = named_variables(model)
+    for name, (path, _) in hf_tensors(model).items():
+        dtype = jax.dtypes.canonicalize_dtype(directory.entry(name).dtype)
+        variables[path].set_value(jax.ShapeDtypeStruct(variables[path].get_value().shape, dtype))
+    return model
+
+
 def load_plain(directory: ModelDirectory, dtype: DTypeLike | None) -> Decoder:
     """Loads a model whose tensors are all plain arrays.
 
@@ -68,35 +84,30 @@ def load_plain(directory: ModelDirectory, dtype: DTypeLike | None) -> Decoder:
             hold NaN.
     """
     model = abstract_model(directory, dtype)
-    fill(model, directory, wanted=hf_tensors(model), names=list(directory), dtype=dtype)
+    wanted = hf_tensors(model)
+    check_stored(model, directory, wanted=wanted, names=list(directory))
+    fill(named_variables(model), directory, wanted=wanted, dtype=dtype)
     return model
 
 
 def fill(
-    model: Decoder,
+    variables: Mapping[str, nnx.Variable],
     directory: ModelDirectory,
     *,
     wanted: Mapping[str, tuple[str, Layout]],
-    names: Collection[str],
     dtype: DTypeLike | None,
 ) -> None:
-    """Puts plain tensors of a directory into an abstract model.
+    """Puts plain tensors of a directory into variables.
 
     Args:
-        model: with shapes where the arrays will be; changed in place.
-        directory: where the tensors are.
+        variables: of a model or a part of one, by path; changed in place.
+        directory: where the tensors are, as `check_stored` wants them.
         wanted: the parameters to fill, as `hf_tensors` gives them.
-        names: the tensors of the directory that are meant to fill them, all of them.
         dtype: what every tensor is cast to; None leaves each as it is stored.
 
     Raises:
-        ValueError: tensors are missing, unexpected, of a shape that the configuration forbids, or
-            hold NaN.
+        ValueError: NaN.
     """
-    _check_names(directory, wanted, names)
-    variables = named_variables(model)
-    for name, (path, layout) in wanted.items():
-        _check_shape(directory, name, layout, variables[path].get_value().shape)
     for name, (path, layout) in wanted.items():
         array = _on_device(directory.tensor(name), layout, dtype)
         check_numbers(array, f"{directory.path}: tensor {name}")
@@ -104,15 +115,57 @@ def fill(
         directory.release(name)
 
 
-def stored_values(model: Decoder) -> Iterator[tuple[str, Layout, jax.Array | QTensor]]:
-    """Yields what a model holds: Hugging Face name, layout there, array or plain QTensor."""
+def check_values(directory: ModelDirectory, names: Iterable[str]) -> None:
+    """Reads plain tensors, one at a time, and checks that they are numbers.
+
+    Raises:
+        ValueError: NaN.
+    """
+    for name in names:
+        check_numbers(
+            _on_device(directory.tensor(name), "plain", None), f"{directory.path}: tensor {name}"
+        )
+        directory.release(name)
+
+
+def check_stored(
+    model: Decoder,
+    directory: ModelDirectory,
+    *,
+    wanted: Mapping[str, tuple[str, Layout]],
+    names: Collection[str],
+) -> None:
+    """Checks that a directory has the parameters of a model in their shapes, and nothing else.
+
+    Args:
+        model: with shapes where the arrays will be.
+        directory: where the tensors are.
+        wanted: the parameters to be filled, as `hf_tensors` gives them.
+        names: the tensors of the directory that are meant to fill them, all of them.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or of a shape that the configuration forbids.
+    """
+    _check_names(directory, wanted, names)
     variables = named_variables(model)
-    for name, (path, layout) in hf_tensors(model).items():
+    for name, (path, layout) in wanted.items():
+        _check_shape(directory, name, layout, variables[path].get_value().shape)
+
+
+def stored_values(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Layout, Any]]:
+    """Yields what a model or a part of it holds: Hugging Face name, layout there, array or plain QTensor.
+
+    Args:
+        module: a decoder or a module of one; shapes in place of arrays will do.
+        prefix: the module's path and a slash; empty for a decoder.
+    """
+    variables = named_variables(module, prefix)
+    for name, (path, layout) in hf_tensors(module, prefix).items():
         value = variables[path].get_value()
         yield name, layout, plain(value) if isinstance(value, QTensor) else value
 
 
-def pending_parameter(array: jax.Array, layout: Layout) -> PendingTensor:
+def pending_parameter(array: jax.Array | jax.ShapeDtypeStruct, layout: Layout) -> PendingTensor:
     """Returns an array as it goes into a file: a linear kernel transposed."""
     return pending(jnp.transpose if layout == "linear" else _same, array)
 
@@ -131,15 +184,6 @@ def place(layer: nnx_layers.QuantizableLayer, weight: nnx.Variable, q: QTensor) 
     """
     weight.set_value(q)  # `install` reads what is there, and cannot read an abstract array
     nnx_layers.install(layer, q)
-
-
-def named_variables(model: Decoder) -> dict[str, nnx.Variable]:
-    """Returns the variables of a model by their slash-joined path."""
-    return {
-        "/".join(map(str, path)): node
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Variable)
-    }
 
 
 def check_numbers(value: jax.Array | QTensor, what: str) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one door out: a model directory, whole or not at all."""
 
-import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qjax import QTensor, Recipe, dequantize, nnx_layers, quantize
+from qjax import QTensor, Recipe, dequantize
 from qjax.qtensor import device_bytes
 from qjax_checkpoints.atomic import check_space, check_writable, new_directory
 from qjax_checkpoints.checkpoint import Checkpoint
-from qjax_checkpoints.compressed_tensors.write import check_held, compressed
+from qjax_checkpoints.compressed_tensors.write import compressed
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import write_json
 from qjax_checkpoints.orbax_directory import write_orbax
+from qjax_checkpoints.outline import outline
 from qjax_checkpoints.parameters import pending_parameter, stored_values
 from qjax_checkpoints.shards import SHARD_BYTES, PendingTensor, pending, write_weights
 from qjax_models import Decoder
@@ -75,7 +75,7 @@ def save(
             "save the model as it was before"
         )
     check_writable(out)
-    config = _plain_config(model, source.config)
+    config = plain_config(model, source.config)
     tensors: dict[str, PendingTensor] = {}
     match format:
         case "compressed-tensors":
@@ -90,7 +90,7 @@ def save(
     weights = sum(tensor.nbytes for tensor in tensors.values())
     check_space(out, weights or device_bytes(nnx.state(model)))
     with new_directory(out) as folder:
-        _copy_companions(source.path, folder)
+        copy_companions(source.path, folder)
         write_json(folder / CONFIG_FILE, config)
         if report is not None:
             write_json(folder / REPORT_FILE, dict(report))
@@ -109,22 +109,14 @@ def check_format(model: Decoder, recipe: Recipe, format: str) -> None:
         format: one of `FORMATS`.
 
     Raises:
-        ValueError: the format does not hold a layer (named), or a group size does not divide it.
+        ValueError: the format does not hold a layer (named), a group size does not divide it, or the
+            recipe quantizes none.
     """
-    if format != "compressed-tensors":
-        return
-    for path, layer in nnx_layers.quantizable_layers(model):
-        scheme = recipe.scheme_for(path)
-        weight = nnx_layers.weight_of(layer)
-        if scheme is None or isinstance(weight, QTensor):
-            continue
-        shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-        axis = nnx_layers.contraction_axes(layer)
-        quantized = functools.partial(quantize, scheme=scheme, axis=axis, name=path)
-        check_held(path.replace("/", "."), jax.eval_shape(quantized, shape))
+    if format == "compressed-tensors":
+        compressed(outline(model, recipe))
 
 
-def _plain_config(model: Decoder, config: Mapping[str, Any]) -> dict[str, Any]:
+def plain_config(model: Decoder, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the configuration of the model as if nothing were quantized, with its dtype."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     dtype = str(np.dtype(model.model.activations))
@@ -143,7 +135,8 @@ def _dequantized_kernel(q: QTensor) -> jax.Array:
     return jnp.transpose(dequantize(q))
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies what describes a model beside its weights: tokenizer, licence."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():

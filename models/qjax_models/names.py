@@ -9,6 +9,8 @@ from typing import Literal
 
 from flax import nnx
 
+from qjax.nnx_layers import named_variables
+
 Layout = Literal["linear", "plain"]
 
 WEIGHT_ATTRIBUTES = ("kernel", "embedding", "weight")
@@ -30,14 +32,14 @@ def layout(path: str) -> Layout:
     return "linear" if path.endswith("/kernel") else "plain"
 
 
-def hf_tensors(model: nnx.Module) -> dict[str, tuple[str, Layout]]:
-    """Every tensor a checkpoint of this model holds.
+def hf_tensors(module: nnx.Module, prefix: str = "") -> dict[str, tuple[str, Layout]]:
+    """Every tensor a checkpoint of this model holds, or of a part of it.
 
     Args:
-        model: a decoder, with arrays or abstract.
+        module: a decoder, with arrays or abstract, or a module of one.
+        prefix: the module's path and a slash; empty for a decoder.
 
     Returns:
-        Hugging Face name -> (slash-joined parameter path, layout).
+        Hugging Face name -> (slash-joined parameter path in the decoder, layout).
     """
-    paths = ("/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model)))
-    return {hf_name(path): (path, layout(path)) for path in paths}
+    return {hf_name(path): (path, layout(path)) for path in named_variables(module, prefix)}

@@ -10,8 +10,15 @@ Methods but rtn look at what the layers multiply on some text that the model is 
 takes text files, or token windows as a .npy file. They go through the model block by block, each
 calibrated on what the quantized ones before it make of the text.
 
+From a Hugging Face directory to compressed-tensors a model need not fit into memory: one block is there
+at a time, and the activations of the calibration windows, which --spill keeps in a file. Until OUT is
+whole it lies in .OUT.partial beside it. A run that was killed leaves its finished blocks there, and the
+same command with --resume goes on: OUT is the same then, byte by byte, but for the seconds in the report.
+
 Example:
   qjax quantize ./Llama-3.2-1B ./Llama-3.2-1B-w4 --scheme w4a16-g128 --method gptq --calib book.txt
+  qjax quantize ./Llama-3.1-70B ./Llama-3.1-70B-w4 --scheme w4a16-g128 --method gptq --calib book.txt \
+      --spill /scratch --resume
 """
 
 import argparse
@@ -19,19 +26,25 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int
+
 import qjax
-from qjax import method, nnx_layers
+from qjax import method
 from qjax.report import QuantizationReport
 from qjax.scheme import SUPPORTED
+from qjax.storage import Storage
+from qjax_checkpoints import streaming
 from qjax_checkpoints.atomic import check_writable
-from qjax_checkpoints.checkpoint import Checkpoint
-from qjax_checkpoints.load import load
+from qjax_checkpoints.directory import ModelDirectory
+from qjax_checkpoints.load import load, open_plain
+from qjax_checkpoints.parameters import abstract_plain
 from qjax_checkpoints.save import check_format, save
 from qjax_cli import text
 from qjax_cli.arguments import whole_number
 from qjax_cli.console import Console
 from qjax_cli.text import read_text
-from qjax_models import Decoder, blockwise
+from qjax_models import Decoder, DecoderConfig, blockwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,23 +88,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of OUT: what vLLM and transformers load (default), or qjax's own, which holds "
         "every scheme",
     )
+    parser.add_argument(
+        "--spill",
+        metavar="DIR",
+        type=Path,
+        help="keep the activations between two blocks in a file on the disk of DIR, not in memory",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the blocks that a killed run of the same command has finished; begin if "
+        "there are none",
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Loads, quantizes, writes, reports."""
-    check_writable(args.output)
+    if not args.resume:
+        check_writable(args.output)
     recipe = _recipe(args)
     how = _method(args, recipe)
     start = time.perf_counter()
-    source = load(args.source)
-    for line in source.notes:
-        console.note(line)
-    check_format(source.model, recipe, args.format)
-    if how.calibrated:
-        model, report = _calibrated(args, source, recipe, how, console)
+    source = open_plain(args.source) if args.format == "compressed-tensors" else None
+    if source is not None:
+        report = _streamed(args, source, recipe, how, console)
+    elif args.resume:
+        raise ValueError(
+            f"--resume goes from plain Hugging Face weights to --format compressed-tensors; "
+            f"{args.source} to {args.format} is done in one piece"
+        )
     else:
-        model, report = _rounded(source, recipe, how, console)
-    save(model, source, args.output, args.format, report.as_json())
+        report = _in_memory(args, recipe, how, console)
     for line in report.warnings():
         console.note(line)
     values = {"output": str(args.output), **report.as_json()["totals"]}
@@ -99,28 +126,77 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.result(values, _summary(report, args.output, values["seconds"]))
 
 
-def _rounded(
-    source: Checkpoint, recipe: qjax.Recipe, how: qjax.Method, console: Console
-) -> tuple[Decoder, QuantizationReport]:
-    count = sum(
-        1
-        for path, _ in nnx_layers.quantizable_layers(source.model)
-        if recipe.scheme_for(path) is not None
-    )
-    with console.progress("quantizing", count) as bar:
-        return qjax.quantize_model(
-            source.model, recipe, method=how, on_layer=lambda path: bar.advance()
-        )
-
-
-def _calibrated(
+def _streamed(
     args: argparse.Namespace,
-    source: Checkpoint,
+    source: ModelDirectory,
     recipe: qjax.Recipe,
     how: qjax.Method,
     console: Console,
+) -> QuantizationReport:
+    """Part by part, from directory to directory."""
+    model = abstract_plain(source)
+    tokens = _tokens(args, model.config, how)
+    identity = streaming.identify(source, recipe, how, tokens)
+    if args.resume and (report := streaming.completed(args.output, identity)):
+        return report
+    with streaming.streamed_output(
+        source, recipe, args.output, identity, resume=args.resume
+    ) as storage:
+        try:
+            report = _quantized(args, model, tokens, recipe, how, console, storage)[1]
+            storage.complete(report.as_json() | {"run": identity})
+        except BaseException:
+            if storage.has_finished_parts:
+                console.note("what is finished stays; the same command with --resume goes on")
+            raise
+    return report
+
+
+def _in_memory(
+    args: argparse.Namespace, recipe: qjax.Recipe, how: qjax.Method, console: Console
+) -> QuantizationReport:
+    """The whole model, written at the end: what a streamed output cannot be read from or written to."""
+    source = load(args.source)
+    for line in source.notes:
+        console.note(line)
+    check_format(source.model, recipe, args.format)
+    tokens = _tokens(args, source.model.config, how)
+    model, report = _quantized(args, source.model, tokens, recipe, how, console)
+    save(model, source, args.output, args.format, report.as_json())
+    return report
+
+
+def _quantized(
+    args: argparse.Namespace,
+    model: Decoder,
+    tokens: Int[np.ndarray, "n length"],
+    recipe: qjax.Recipe,
+    how: qjax.Method,
+    console: Console,
+    storage: Storage | None = None,
 ) -> tuple[Decoder, QuantizationReport]:
-    config = source.model.config
+    what = "quantizing"
+    if how.calibrated:
+        what = f"calibrating on {len(tokens)} windows of {tokens.shape[1]} tokens"
+    with console.progress(what, 2 * model.config.num_layers) as bar:
+        return qjax.quantize_sequentially(
+            model,
+            blockwise,
+            tokens,
+            recipe,
+            method=how,
+            storage=storage,
+            spill=args.spill,
+            on_step=lambda what: bar.advance(),
+        )
+
+
+def _tokens(
+    args: argparse.Namespace, config: DecoderConfig, how: qjax.Method
+) -> Int[np.ndarray, "n length"]:
+    """The calibration windows; of a method that looks at none, none."""
+    if not how.calibrated:
+        return np.zeros((0, 1), np.int32)
     tokens = text.calibration_windows(
         args.calib, args.source, config.vocab_size, samples=args.samples, length=args.seq_len
     )
@@ -129,11 +205,7 @@ def _calibrated(
             f"windows of {tokens.shape[1]} tokens go beyond the {config.max_positions} that the model "
             f"was made for; --seq-len {config.max_positions} would do"
         )
-    what = f"calibrating on {len(tokens)} windows of {tokens.shape[1]} tokens"
-    with console.progress(what, 2 * config.num_layers) as bar:
-        return qjax.quantize_sequentially(
-            source.model, blockwise, tokens, recipe, method=how, on_step=lambda what: bar.advance()
-        )
+    return tokens
 
 
 def _method(args: argparse.Namespace, recipe: qjax.Recipe) -> qjax.Method:

@@ -5,7 +5,7 @@ A layer is quantized if the directory has its `weight_scale`; the configuration 
 that a sloppy configuration targets but that was left plain is plain.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qjax import formats, nnx_layers
+from qjax.nnx_layers import named_variables
 from qjax.qtensor import QTensor
 from qjax_checkpoints.compressed_tensors import layouts
 from qjax_checkpoints.compressed_tensors.config import (
@@ -24,7 +25,13 @@ from qjax_checkpoints.compressed_tensors.config import (
 )
 from qjax_checkpoints.compressed_tensors.layouts import LayerSpec
 from qjax_checkpoints.directory import ModelDirectory
-from qjax_checkpoints.parameters import abstract_model, check_numbers, fill, place
+from qjax_checkpoints.parameters import (
+    abstract_model,
+    check_numbers,
+    check_stored,
+    fill,
+    place,
+)
 from qjax_models import Decoder
 from qjax_models.names import hf_tensors
 
@@ -75,18 +82,55 @@ def load_compressed(
     """
     config = read_config(directory.config["quantization_config"], str(directory.path))
     model = abstract_model(directory, dtype)
-    wanted = hf_tensors(model)
-    quantized = _quantized_layers(directory)
-    parts = {f"{layer}.{suffix}" for layer in quantized for suffix in _SUFFIXES}
-    fill(
+    parts = _parts(_quantized_layers(directory))
+    plain = {name: value for name, value in hf_tensors(model).items() if name not in parts}
+    check_stored(
         model,
         directory,
-        wanted={name: value for name, value in wanted.items() if name not in parts},
+        wanted=plain,
         names=[name for name in directory if name not in parts and not name.endswith(_UNUSED)],
-        dtype=dtype,
     )
-    layers = dict(nnx_layers.quantizable_layers(model))
+    static = fill_compressed(model, directory, config, dtype)
     notes = list(config.notes)
+    if static:
+        notes.append(
+            f"{static} layers have static input scales, which are not used: "
+            "their inputs are quantized from their own values"
+        )
+    return model, tuple(notes)
+
+
+def fill_compressed(
+    module: nnx.Module,
+    directory: ModelDirectory,
+    config: QuantizationConfig,
+    dtype: DTypeLike | None = None,
+    prefix: str = "",
+) -> int:
+    """Puts arrays and QTensors of a directory into a model, or into a part of it.
+
+    Args:
+        module: a decoder or a module of one, with arrays or shapes; changed in place.
+        directory: the open directory.
+        config: of its quantized layers.
+        dtype: what plain tensors are cast to; None leaves each as it is stored.
+        prefix: the module's path and a slash; empty for a decoder.
+
+    Returns:
+        How many layers have static input scales, which are not used.
+
+    Raises:
+        ValueError: a layer cannot be read; the message names it.
+    """
+    quantized = [
+        name for name in _quantized_layers(directory) if f"{name}.".startswith(_dotted(prefix))
+    ]
+    parts = _parts(quantized)
+    plain = {name: v for name, v in hf_tensors(module, prefix).items() if name not in parts}
+    fill(named_variables(module, prefix), directory, wanted=plain, dtype=dtype)
+    layers = {prefix + path: layer for path, layer in nnx_layers.quantizable_layers(module)}
+    if isinstance(module, nnx_layers.QuantizableLayer):
+        layers = {prefix.removesuffix("/"): module}
     static = 0
     for name in quantized:
         layer = layers.get(name.replace(".", "/"))
@@ -94,12 +138,16 @@ def load_compressed(
             static += not is_dynamic(_install(directory, config, name, layer))
         except ValueError as error:
             raise ValueError(f"{directory.path}: layer {name}: {error}") from error
-    if static:
-        notes.append(
-            f"{static} layers have static input scales, which are not used: "
-            "their inputs are quantized from their own values"
-        )
-    return model, tuple(notes)
+    return static
+
+
+def _dotted(path: str) -> str:
+    return path.replace("/", ".")
+
+
+def _parts(layers: Iterable[str]) -> set[str]:
+    """The names that the tensors of quantized layers can have."""
+    return {f"{layer}.{suffix}" for layer in layers for suffix in _SUFFIXES}
 
 
 def _quantized_layers(directory: ModelDirectory) -> list[str]:

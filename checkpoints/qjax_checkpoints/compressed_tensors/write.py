@@ -18,13 +18,34 @@ _HEAD = "lm_head"
 def compressed(model: Decoder) -> tuple[dict[str, PendingTensor], dict[str, Any]]:
     """Returns the tensors of a model and its `quantization_config`.
 
+    Args:
+        model: shapes in place of arrays will do, for tensors that are never computed.
+
     Raises:
         ValueError: no layer is quantized, or one in a way that no format holds; the message names
             the layer.
     """
+    tensors, layers = encoded(model)
+    if not layers:
+        raise ValueError("no layer is quantized; --format dense writes a plain model")
+    return tensors, write_config(layers, _plain_layers(model, layers))
+
+
+def encoded(
+    module: nnx.Module, prefix: str = ""
+) -> tuple[dict[str, PendingTensor], dict[str, QTensor]]:
+    """Returns the tensors of a model or a part of it, and its QTensors by their layer's dotted name.
+
+    Args:
+        module: a decoder or a module of one; with shapes in place of arrays the tensors have theirs.
+        prefix: the module's path and a slash; empty for a decoder.
+
+    Raises:
+        ValueError: a layer is quantized in a way that no format holds; the message names it.
+    """
     tensors: dict[str, PendingTensor] = {}
     layers: dict[str, QTensor] = {}
-    for name, layout, value in stored_values(model):
+    for name, layout, value in stored_values(module, prefix):
         if isinstance(value, QTensor):
             layer = name.removesuffix(".weight")
             layers[layer] = value
@@ -32,9 +53,7 @@ def compressed(model: Decoder) -> tuple[dict[str, PendingTensor], dict[str, Any]
             tensors |= {f"{layer}.{key}": part for key, part in layouts.encode(value).items()}
         else:
             tensors[name] = pending_parameter(value, layout)
-    if not layers:
-        raise ValueError("no layer is quantized; --format dense writes a plain model")
-    return tensors, write_config(layers, _plain_layers(model, layers))
+    return tensors, layers
 
 
 def check_held(layer: str, q: QTensor) -> None:

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizing a model that need not fit into memory: its parts come from one directory and go to another.
+
+The files of the output are laid out before the work, so each tensor has its place in them; a finished
+part is written there, and read from there by what runs through it. A part is finished when its tensors
+and its report are on the disk.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+import qjax
+from qjax.method import Method
+from qjax.nnx_layers import named_variables
+from qjax.report import LayerReport, QuantizationReport
+from qjax.scheme import Recipe
+from qjax.storage import Storage
+from qjax_checkpoints.atomic import check_space, flush
+from qjax_checkpoints.compressed_tensors.config import read_config
+from qjax_checkpoints.compressed_tensors.read import fill_compressed
+from qjax_checkpoints.compressed_tensors.write import compressed, encoded
+from qjax_checkpoints.directory import CONFIG_FILE, ModelDirectory, open_directory
+from qjax_checkpoints.json_file import read_json, write_json
+from qjax_checkpoints.outline import outline, shapes
+from qjax_checkpoints.parameters import abstract_plain, check_values, fill
+from qjax_checkpoints.save import REPORT_FILE, copy_companions, plain_config
+from qjax_checkpoints.shards import (
+    SHARD_BYTES,
+    PendingTensor,
+    lay_out_weights,
+    pending_array,
+    write_tensors,
+)
+from qjax_checkpoints.unfinished import UnfinishedRun, partial_path, unfinished_run
+from qjax_models.names import hf_tensors
+
+
+class StreamedStorage(Storage):
+    """Keeps the parts of a model in directories; `streamed_output` makes one.
+
+    Args:
+        source: the model as it was, plain.
+        run: where its output grows, its files laid out.
+    """
+
+    def __init__(self, source: ModelDirectory, run: UnfinishedRun):
+        self._source = source
+        self._run = run
+        self._output = open_directory(run.model)
+        quantization = self._output.config["quantization_config"]
+        self._config = read_config(quantization, str(run.model))
+
+    @property
+    def has_finished_parts(self) -> bool:
+        """Says whether a run that ends now leaves something to go on with."""
+        return self._run.has_finished_parts
+
+    def finished(self, path: str) -> tuple[LayerReport, ...] | None:
+        """Returns the reports of a part that is on the disk."""
+        note = self._run.finished(_dotted(path))
+        return None if note is None else tuple(map(LayerReport.from_json, note["layers"]))
+
+    def load(self, path: str, module: nnx.Module) -> None:
+        """Reads a part of the source."""
+        variables, wanted = named_variables(module, f"{path}/"), hf_tensors(module, f"{path}/")
+        fill(variables, self._source, wanted=wanted, dtype=None)
+
+    def keep(self, path: str, module: nnx.Module, reports: tuple[LayerReport, ...]) -> None:
+        """Writes a part to its places in the output."""
+        tensors, _ = encoded(module, f"{path}/")
+        self._write(tensors)
+        self._run.finish(_dotted(path), {"layers": list(map(asdict, reports))})
+
+    def recall(self, path: str, module: nnx.Module) -> None:
+        """Reads a part of the output."""
+        fill_compressed(module, self._output, self._config, prefix=f"{path}/")
+
+    def release(self, path: str, module: nnx.Module) -> None:
+        """Leaves shapes in place of a part's arrays."""
+        del path
+        for variable in named_variables(module).values():
+            variable.set_value(shapes(variable.get_value()))
+        # Taking a module apart leaves a cycle of references in Flax, and the arrays alive with it.
+        gc.collect()
+
+    def complete(self, report: Mapping[str, Any]) -> None:
+        """Writes what belongs to no part, as it is in the source, and the report."""
+        parts = tuple(f"{part}." for part in self._run.finished_parts)
+        rest = {}
+        for name in self._output:
+            if not name.startswith(parts):
+                stored = self._source.tensor(name)
+                array = stored.astype(self._output.entry(name).dtype, copy=False)
+                rest[name] = pending_array(array)
+        self._write(rest)
+        write_json(self._run.model / REPORT_FILE, dict(report))
+
+    def _write(self, tensors: Mapping[str, PendingTensor]) -> None:
+        by_file: dict[Path, dict[str, PendingTensor]] = {}
+        for name, tensor in tensors.items():
+            by_file.setdefault(self._output.files[name].path, {})[name] = tensor
+        for members in by_file.values():
+            write_tensors(self._output.files[next(iter(members))], members)
+
+
+@contextlib.contextmanager
+def streamed_output(
+    source: ModelDirectory,
+    recipe: Recipe,
+    out: Path,
+    identity: Mapping[str, str],
+    *,
+    resume: bool,
+    shard_bytes: int = SHARD_BYTES,
+) -> Iterator[StreamedStorage]:
+    """Hands out the storage of a run whose output becomes `out` when the block ends well.
+
+    Args:
+        source: an open directory of plain tensors.
+        recipe: how its layers are going to be held.
+        out: the compressed-tensors directory to make; it must not exist.
+        identity: what decides the result, as `identify` says it.
+        resume: whether to go on with the unfinished run of the same identity, if there is one.
+        shard_bytes: size above which the weights are split.
+
+    Raises:
+        ValueError: as `unfinished_run` does; a tensor of the source is missing or holds NaN; the format
+            does not hold a layer (named); the disk is too small.
+    """
+    model = abstract_plain(source)
+    tensors, quantization = compressed(outline(model, recipe))
+    with unfinished_run(out, identity, resume=resume) as run:
+        if not run.has_finished_parts:
+            check_values(source, hf_tensors(model))  # now, not when their turn has come
+            check_space(out, sum(tensor.nbytes for tensor in tensors.values()))
+            copy_companions(source.path, run.model)
+            config = plain_config(model, source.config) | {"quantization_config": quantization}
+            write_json(run.model / CONFIG_FILE, config)
+            lay_out_weights(run.model, tensors, shard_bytes=shard_bytes)
+            flush(run.model)
+        yield StreamedStorage(source, run)
+
+
+def identify(
+    source: ModelDirectory, recipe: Recipe, method: Method, tokens: Int[np.ndarray, "n length"]
+) -> dict[str, str]:
+    """Returns in words all that decides the bytes of an output, each under what it is called."""
+    rules = [[rule.pattern, rule.scheme.name if rule.scheme else None] for rule in recipe.rules]
+    windows, length = tokens.shape
+    return {
+        "source": _fingerprint(source),
+        "recipe": json.dumps(rules),
+        "method": method.name,
+        "exact method": repr(method),
+        "calibration": f"{windows} windows of {length} tokens ({_hash(tokens.tobytes())})",
+        "qjax": qjax.__version__,
+        "jax": jax.__version__,
+        "device": f"{jax.default_backend()} ({jax.devices()[0].device_kind})",
+    }
+
+
+def completed(out: Path, identity: Mapping[str, str]) -> QuantizationReport | None:
+    """Returns the report of an output that a run of this identity has made; None: there is none.
+
+    A run that is killed after it has made its output may leave a directory beside it, which goes.
+    """
+    path = out / REPORT_FILE
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    if report.get("run") != identity:
+        return None
+    shutil.rmtree(partial_path(out), ignore_errors=True)
+    return QuantizationReport.from_json(report)
+
+
+def _fingerprint(source: ModelDirectory) -> str:
+    """The files of a directory by size and time: reading them all again would take minutes."""
+    paths = sorted({file.path for file in source.files.values()})
+    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    config = (source.path / CONFIG_FILE).read_bytes()
+    size = sum(size for _, size, _ in seen)
+    return f"{len(seen)} files of {size} bytes ({_hash(repr(seen).encode() + config)})"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _dotted(path: str) -> str:
+    return path.replace("/", ".")
