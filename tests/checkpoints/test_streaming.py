@@ -73,7 +73,6 @@ class Stopped(BaseException):
         ("w4a16-g16", "gptq", np.float32),
         ("w3a16-g16-asym", "awq", jax.numpy.bfloat16),
         ("w8a8", "smoothquant+gptq", jax.numpy.bfloat16),
-        ("fp8-dynamic", "awq", np.float32),
         ("nvfp4", "awq+gptq", np.float32),
     ],
 )
@@ -168,8 +167,8 @@ def test_a_kill_at_any_moment_shows_in_no_byte(llama, tmp_path, method="awq+gptq
     assert set(finished) == {0, 1, 2, 3, 4}  # two blocks, the head, the table of tokens
     # All around each moment at which a part becomes finished, and some of the others.
     turns = [i for i, (a, b) in enumerate(zip(finished, finished[1:], strict=False)) if a != b]
-    chosen = {0, 1, 2, 5, *range(len(states) - 4, len(states))}
-    chosen |= {i + j for i in turns for j in (-1, 0, 1)}
+    chosen = {0, 2, 5, len(states) - 3, len(states) - 1}
+    chosen |= {i + j for i in turns for j in (0, 1)}
     for i in sorted(chosen):
         shutil.rmtree(out)
         snapshots.restore(states[i])
