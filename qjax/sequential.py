@@ -245,7 +245,8 @@ def _quantize_block(
             observed = _rescaled(block, observed, hidden, assigned, method.rescaling, blockwise)
         known = layer_quantization.inputs_of(observed, f"{block.path}/")
         _check(known, method)
-    was = replace(block, module=copied(block.module))
+    # Where nothing is learned, each weight may go as soon as its codes are there.
+    was = block if method.learned is None else replace(block, module=copied(block.module))
     reports = {
         path: layer_quantization.quantize_layer(path, assigned, method, known.get(path))
         for path in paths

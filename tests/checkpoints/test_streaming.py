@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from qjax import Method, Recipe, quantize_sequentially
+from qjax.algorithms import learned_rounding
 from qjax.storage import Storage
 from qjax_checkpoints import shards, streaming, unfinished
 from qjax_checkpoints.load import load, open_plain
@@ -23,7 +24,10 @@ from qjax_checkpoints.save import save
 from qjax_checkpoints.streaming import StreamedStorage
 from qjax_models import blockwise
 
+pytestmark = pytest.mark.one_version  # files; what depends on jax, test_sequential asks of every version
+
 RULES = [["lm_head", "w8a16-channel"], [".*layers/1/mlp.*", None], [".*", "w4a16-g16"]]
+LEARNED = Method(learned=learned_rounding.Options(steps=5, batch=1))
 TOKENS = np.random.default_rng(0).integers(0, 97, (6, 16)).astype(np.int32)
 
 
@@ -41,7 +45,8 @@ def stream(
     source: Path, out: Path, method="gptq", rules=RULES, tokens=TOKENS, resume=False, spill=None,
            **options):  # fmt: skip
     directory, recipe = open_plain(source), Recipe.from_json(rules)
-    identity = streaming.identify(directory, recipe, Method.parse(method), tokens)
+    method = Method.parse(method) if isinstance(method, str) else method
+    identity = streaming.identify(directory, recipe, method, tokens)
     with streaming.streamed_output(
         directory, recipe, out, identity, resume=resume, **options
     ) as storage:
@@ -74,6 +79,7 @@ class Stopped(BaseException):
         ("w3a16-g16-asym", "awq", jax.numpy.bfloat16),
         ("w8a8", "smoothquant+gptq", jax.numpy.bfloat16),
         ("nvfp4", "awq+gptq", np.float32),
+        ("w4a16-g16", LEARNED, np.float32),
     ],
 )
 def test_the_bytes_of_one_piece_however_they_came(
@@ -100,7 +106,8 @@ def test_the_bytes_of_one_piece_however_they_came(
         model, checkpoint, tmp_path / "whole", "compressed-tensors", report.as_json(),
         shard_bytes=20_000,
     )  # fmt: skip
-    assert streamed["qjax_report.json"].pop("run")["method"] == method
+    name = method if isinstance(method, str) else method.name
+    assert streamed["qjax_report.json"].pop("run")["method"] == name
     whole = contents(tmp_path / "whole")
     assert streamed.keys() == whole.keys() and len(whole) > 4
     # The file has the reciprocal of nvfp4's scale of a tensor, and later blocks see what the file says.
