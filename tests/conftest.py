@@ -6,6 +6,7 @@ import pkgutil
 from pathlib import Path
 
 import jax
+import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
@@ -13,8 +14,9 @@ from jaxtyping import install_import_hook
 # The interpreter of kernels calls a function for every instruction of theirs. Under jaxtyping's hook a call
 # takes four times as long as the instruction; beartype by itself still checks that words are uint32 and
 # reals float32, one for each thread.
-_INTERPRETER = "pallas_kernels.numpy_machine"
-beartype_package(_INTERPRETER, conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
+_INTERPRETER = [f"pallas_kernels.numpy_{name}" for name in ("machine", "words", "waiting")]
+for module in _INTERPRETER:
+    beartype_package(module, conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 
 # Here and not by --jaxtyping-packages: jaxtyping 0.3.11 splits that option in the wrong place when the
 # checker has arguments. PEP 484's tower lets an int stand where a float is asked for.
@@ -22,7 +24,7 @@ _KERNELS = pkgutil.iter_modules(
     [str(Path(__file__).parents[1] / "pallas_kernels")], "pallas_kernels."
 )
 install_import_hook(
-    [module.name for module in _KERNELS if module.name != _INTERPRETER]
+    [module.name for module in _KERNELS if module.name not in _INTERPRETER]
     + ["qjax", "qjax_models", "qjax_checkpoints", "qjax_cli"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
@@ -39,3 +41,15 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     if jax.default_backend() == "cpu":
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+# Linux lets a process map 65530 pieces of memory, compiled programs take several each, and LLVM crashes
+# when there are no more.
+_MAPS, _MANY_MAPS = Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs():
+    """Lets the programs of earlier modules go before there are too many."""
+    yield
+    if _MAPS.exists() and len(_MAPS.read_text().splitlines()) > _MANY_MAPS:
+        jax.clear_caches()
