@@ -24,7 +24,9 @@ from qjax_checkpoints.save import save
 from qjax_checkpoints.streaming import StreamedStorage
 from qjax_models import blockwise
 
-pytestmark = pytest.mark.one_version  # files; what depends on jax, test_sequential asks of every version
+pytestmark = (
+    pytest.mark.one_version
+)  # files; what depends on jax, test_sequential asks of every version
 
 RULES = [["lm_head", "w8a16-channel"], [".*layers/1/mlp.*", None], [".*", "w4a16-g16"]]
 LEARNED = Method(learned=learned_rounding.Options(steps=5, batch=1))
