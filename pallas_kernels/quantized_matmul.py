@@ -16,6 +16,8 @@ nothing but memory, and :mod:`pallas_kernels.many_tokens`, which multiplies with
 Which one, and how its work is cut up: :mod:`pallas_kernels.configs`.
 """
 
+import dataclasses
+import functools
 from typing import Any, cast
 
 import jax
@@ -70,9 +72,7 @@ def quantized_matmul_reference(
         wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
         y = _matmul(x.astype(wide), w.astype(wide)).astype(jnp.float32)
         y = y * token_scale[:, None] * scale.astype(jnp.float32)
-    for term in (bias, residual):
-        y = y if term is None else y + term.astype(jnp.float32)
-    return y.astype(_out_dtype(x, out_dtype))
+    return _added(y[None], bias, residual).astype(_out_dtype(x, out_dtype))
 
 
 def plain_codes(codes: UInt32[Array, "..."], weights: Weights) -> Shaped[Array, "*layers k n"]:
@@ -175,12 +175,15 @@ def quantized_matmul(
     config = config_for(product) if config is None else config
     kernel = kernel_of(config)
     kernel.check(product, config)
+    parts = config.parts if isinstance(config, many_tokens.Config) else 1
+    ends = {"bias": bias, "residual": residual}
+    if parts > 1:  # of the inputs: what is added at the end is added to all of them
+        product = dataclasses.replace(product, out="float32")
     if layer is not None:  # none beyond the last, as indexing has it
         layer = jnp.clip(jnp.asarray(layer, jnp.int32).reshape(1), 0, len(codes) - 1)
     given = {
         "x": x, "codes": codes, "scale": scale, "zero": zero, "token_scale": token_scale,
-        "bias": bias, "residual": residual,
-        "layer": layer,
+        "layer": layer, **(ends if parts == 1 else {}),
     }  # fmt: skip
     if not product.has_half_tokens:
         # few_tokens multiplies int4 with e4m3 as 16-bit pairs, in the order of bytes.
@@ -200,12 +203,29 @@ def quantized_matmul(
         "shared": kernel.shared_words(product, config),
     }
     if interpret:
-        result = np.full((m, n), np.nan, product.out)
+        result = np.full((parts * m, n), np.nan, product.out)
         arrays = [*map(np.asarray, present.values()), result]
         numpy_machine.run(lambda machine: program(machine, *arrays), **sizes)
-        return jnp.asarray(result)
-    name, out = kernel.__name__.rpartition(".")[2], jax.ShapeDtypeStruct((m, n), product.out)
-    return mosaic_machine.launch(program, list(present.values()), out, name=name, **sizes)
+        sums = jnp.asarray(result)
+    else:
+        out = jax.ShapeDtypeStruct((parts * m, n), product.out)
+        name = kernel.__name__.rpartition(".")[2]
+        sums = mosaic_machine.launch(program, list(present.values()), out, name=name, **sizes)
+    if parts == 1:
+        return sums
+    return _added(sums.reshape(parts, m, n), *ends.values()).astype(_out_dtype(x, out_dtype))
+
+
+def _added(
+    sums: Float[Array, "parts m n"],
+    bias: Float[Array, " n"] | None,
+    residual: Float[Array, "m n"] | None,
+) -> Float[Array, "m n"]:
+    """What the parts of the inputs give together, in a fixed order, and what is added at the end."""
+    y = functools.reduce(jnp.add, sums)
+    for term in (bias, residual):
+        y = y if term is None else y + term.astype(jnp.float32)
+    return y
 
 
 def _out_dtype(x: Array, out_dtype: Any) -> Any:

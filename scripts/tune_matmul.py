@@ -122,9 +122,14 @@ def candidates(product: Product, known: Sequence[Config] = ()) -> list[Config]:
         for config in many
         if product.m > 64 and config.slices == 1 and _tiles(product, config) > MULTIPROCESSORS
     ]
+    by_parts = [
+        dataclasses.replace(config, parts=parts)
+        for config in many
+        if config.slices == 1 and (parts := _parts(product, config)) > 1
+    ]
     tried = [
         configs.default_config(product),
-        *(many + by_turns if product.m > configs.FEW else few),
+        *(many + by_turns + by_parts if product.m > configs.FEW else few),
     ]
     tried = [*known, *tried]
     return [config for config in dict.fromkeys(tried) if _fits(product, config)]
@@ -132,6 +137,11 @@ def candidates(product: Product, known: Sequence[Config] = ()) -> list[Config]:
 
 def _tiles(product: Product, config: many_tokens.Config) -> int:
     return -(-product.n // config.outputs) * -(-product.m // config.tokens)
+
+
+def _parts(product: Product, config: many_tokens.Config) -> int:
+    """Parts of the inputs, a power of two, that keep most multiprocessors busy."""
+    return 1 << max(0, (MULTIPROCESSORS // _tiles(product, config)).bit_length() - 1)
 
 
 def _fits(product: Product, config: Config) -> bool:
@@ -231,14 +241,14 @@ def _last_outputs(
 
 
 def _measured(run: Any, *arrays: Any) -> tuple[list[jax.Array], list[float]]:
-    """Results, and the microseconds of every launch, as the profiler of the GPU has them."""
-    results, timings = profiler.measure(run, aggregate=False, iterations=3)(*arrays)
-    names = ("few_tokens", "many_tokens")
+    """Results, and the microseconds of a product in each repeat, as the profiler of the GPU has them.
+
+    All its kernels count: some configurations leave sums for another one to add up.
+    """
+    results, timings = profiler.measure(run, aggregate=False, iterations=5)(*arrays)
     return results, [
-        1e3 * milliseconds
+        1e3 * sum(milliseconds for _, milliseconds in kernels) / len(results)
         for kernels in timings or []
-        for name, milliseconds in kernels
-        if any(part in name for part in names)
     ]
 
 

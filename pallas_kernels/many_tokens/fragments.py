@@ -126,7 +126,7 @@ class Fragments:
         tile, step = stream.tile_of(step)
         columns = -(-self.product.n // BLOCK)
         block = stream.row_block(tile, fragment) // (BLOCK // row_blocks.ROWS)
-        place, words = (stream.first + step) * columns + block, self.product.groups * columns
+        place, words = step * columns + block, self.product.groups * columns
         return stream.arrays.pointer(machine, stream.arrays.scale, place, words).load(0, 1)[0]
 
     def operands(

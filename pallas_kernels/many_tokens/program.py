@@ -15,7 +15,7 @@ from pallas_kernels.many_tokens.fragments import Fragments
 from pallas_kernels.many_tokens.stream import Stream
 from pallas_kernels.many_tokens.tile_output import TileOutput
 from pallas_kernels.many_tokens.tiling import Config, Shared, Tiles
-from pallas_kernels.product import SHARED_BYTES, Arrays, Product
+from pallas_kernels.product import MOST_RESULTS, SHARED_BYTES, Arrays, Product
 
 # Of a thread that multiplies and one that loads, by the number of warpgroups that multiply.
 _REGISTERS = {2: (240, 24), 3: (160, 32)}
@@ -33,11 +33,12 @@ def check(product: Product, config: Config) -> None:
             f"{config.stages=} must be at least 3: two are multiplied, one is copied into"
         )
     inputs = tiling.tile_inputs(product)
-    if product.k // inputs % (config.slices * config.span):
+    if product.k // inputs % (config.parts * config.slices * config.span):
         raise ValueError(
             f"{product.k // inputs} times {inputs} inputs are not divisible by "
-            f"{config.slices=} x {config.span=}"
+            f"{config.parts=} x {config.slices=} x {config.span=}"
         )
+    _check_parts(product, config)
     if config.tokens % (8 * config.slices) or config.tokens > 256:
         raise ValueError(
             f"{config.tokens=} must be a multiple of 8 x {config.slices=}, and at most 256"
@@ -66,6 +67,18 @@ def check(product: Product, config: Config) -> None:
         raise ValueError(f"{config} needs more than {SHARED_BYTES} bytes of shared memory")
 
 
+def _check_parts(product: Product, config: Config) -> None:
+    """Parts of the inputs: their sums must be exact where sums are, and as many as can be counted."""
+    if config.parts > 1 and product.is_whole:
+        raise ValueError(
+            f"{config.parts=} must be 1 where sums are int32: those of parts are float32"
+        )
+    if config.parts * product.m * product.n > MOST_RESULTS:
+        raise ValueError(
+            f"{config.parts} parts of {product.m} x {product.n} results are more than {MOST_RESULTS}"
+        )
+
+
 def shared_words(product: Product, config: Config) -> int:
     """Words of shared memory."""
     return Shared.of(product, config).size
@@ -90,8 +103,12 @@ def default_config(product: Product, multiprocessors: int = MULTIPROCESSORS) -> 
     Up to 64 tokens reading counts: small tiles, steps of 256 bytes, and where even so multiprocessors are
     left over, slices of the inputs. Beyond, arithmetic does: tiles of 128 outputs x 256 tokens (128 where
     groups have sums), with a loader, smaller ones where there are too few; where each multiprocessor has
-    more than two, by turns. Less of everything where shared memory ends.
+    more than two, by turns. Parts of the inputs for 16-bit tokens, whose weights cost the more the
+    smaller tiles are, where they keep nine multiprocessors of ten busy: four or more up to 64 tokens, as
+    other tiles are not so much worse there. Less of everything where shared memory ends.
     """
+    if product.has_half_tokens and (parted := _parted(product, multiprocessors)):
+        return parted
     if product.m <= 64:
         return _short(product, multiprocessors)
     most = _MOST_GROUP_SUMS if product.has_group_sums else 256
@@ -106,6 +123,18 @@ def default_config(product: Product, multiprocessors: int = MULTIPROCESSORS) -> 
     by_turns = dataclasses.replace(config, resident=multiprocessors)
     many = _tiles(product, config) > 2 * multiprocessors
     return by_turns if many and _fits(product, by_turns) else config
+
+
+def _parted(product: Product, multiprocessors: int) -> Config | None:
+    if product.m <= 64:
+        config, least = Config(rows=2, tokens=64, span=2), 4
+    else:
+        config, least = Config(rows=2, tokens=256, loader=True), 2
+    tiles = _tiles(product, config)
+    parts = 1 << max(0, (multiprocessors // tiles).bit_length() - 1)
+    config = dataclasses.replace(config, parts=parts)
+    busy = parts >= least and 10 * parts * tiles >= 9 * multiprocessors
+    return config if busy and _fits(product, config) else None
 
 
 def _short(product: Product, multiprocessors: int) -> Config:

@@ -36,7 +36,7 @@ class Stream:
     tiles: Tiles
     steps: int  # of a tile
     all_steps: Word  # of all tiles of this block
-    first: Word  # step of the slice in a tile
+    first: Word  # step of the slice in its part of the inputs
     start: Word  # of its stages
     full: Word  # arrivals of its stages, two words each: copied
     free: Word  # likewise: done with
@@ -110,10 +110,13 @@ class Stream:
         return self.start + step % self.config.stages * self.stage.size
 
     def tile_of(self, step: Word) -> tuple[Tile, Word]:
-        """The tile that a step belongs to, and its step in that."""
-        if self.config.resident is None:
-            return self.tiles.at(self.machine, 0), step
-        return self.tiles.at(self.machine, step // self.steps), step % self.steps
+        """The tile that a step belongs to, and which step of all inputs it is."""
+        turn, own_step = self.machine.word(0), step
+        if self.config.resident is not None:
+            turn, own_step = step // self.steps, step % self.steps
+        tile = self.tiles.at(self.machine, turn)
+        each = self.steps * self.config.slices  # of a part
+        return tile, own_step + self.first + tile.part * each
 
     def row_block(self, tile: Tile, fragment: int) -> Word:
         """The row block of a fragment of this warp; beyond the last one that."""
@@ -121,7 +124,7 @@ class Stream:
         return self.machine.minimum(tile.row_block + self.own[fragment], last)
 
     def group(self, step: Word) -> Word:
-        """The first group of a step of a tile, of those that have scales in pairs."""
+        """The first group of a step of all inputs, of those that have scales in pairs."""
         inputs = self.config.span * tiling.tile_inputs(self.product)
         each = max((self.product.group_size or 0) // inputs, 1)  # steps of a group
         return step * self.stage.groups if each == 1 else step // each
@@ -136,8 +139,8 @@ class Stream:
         full, used = self._turn(step, self.full)
         free, _ = self._turn(step, self.free)
         machine.wait_for(free, used + 1)  # the turn before; what was never used is free
-        tile, own_step = self.tile_of(step)
-        step, place = own_step + self.first, self.place(step)
+        place = self.place(step)
+        tile, step = self.tile_of(step)
 
         def copy_tokens() -> None:
             machine.expect(full, 4 * self.stage.copied)

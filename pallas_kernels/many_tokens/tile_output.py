@@ -4,7 +4,7 @@
 Results of 16 bits leave by the copy engine, which turns a warpgroup's ``[64 outputs, tokens]`` around on
 the way: ``stmatrix`` writes rows of 16 bytes of a token to shared memory. Nobody waits for them: a
 warpgroup goes on with its next tile. float32 goes out straight from the registers, 32 bytes of a token by
-eight lanes.
+eight lanes; so do the sums of parts of the inputs, part after part.
 """
 
 from dataclasses import dataclass
@@ -136,7 +136,8 @@ class TileOutput:
             for i, value in enumerate(values):
                 m, n = self._places(tile, fragment, i)
                 inside = (m < product.m) & (n < product.n)
-                self.machine.store(self.arrays.out, m * product.n + n, value, inside)
+                place = (tile.part * product.m + m) * product.n + n
+                self.machine.store(self.arrays.out, place, value, inside)
 
     def _copy_out(self, tile: Tile, sums: list[list[Sum]]) -> None:
         """Chunk after chunk of tokens: what their places in shared memory held before must be out."""

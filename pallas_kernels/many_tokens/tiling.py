@@ -26,6 +26,8 @@ class Config:
       resident: blocks, one for each multiprocessor, that go through the tiles by turns: while one result
         is stored the next tile is already on its way. None: a block for each tile.
       loader: whether a warpgroup of its own begins all copies; else each warp begins those of its codes.
+      parts: of the inputs, in blocks of their own, for products that have too few tiles to keep all
+        multiprocessors busy. Their sums are written out and added up by another kernel.
     """
 
     rows: int
@@ -36,6 +38,7 @@ class Config:
     stages: int = 4
     resident: int | None = None
     loader: bool = False
+    parts: int = 1
 
     @property
     def warpgroups(self) -> int:
@@ -60,15 +63,16 @@ class Config:
 
 @dataclass(frozen=True)
 class Tile:
-    """A part of the result."""
+    """Some outputs of some tokens, and the part of the inputs that is summed up."""
 
     row_block: Word  # the first of 16 outputs
     token: Word  # the first
+    part: Word  # of the inputs
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The parts of the result, tokens fastest: blocks that run together share weights."""
+    """All of a product, tokens fastest: blocks that run together share weights."""
 
     rows: int
     columns: int
@@ -83,19 +87,27 @@ class Tiles:
     @property
     def blocks(self) -> int:
         """That go through them."""
-        return min(self.rows * self.columns, self.config.resident or self.rows * self.columns)
+        return min(self.total, self.config.resident or self.total)
+
+    @property
+    def total(self) -> int:
+        """Of all parts of the inputs."""
+        return self.rows * self.columns * self.config.parts
 
     def count(self, machine: Machine) -> Word:
         """Of this block."""
-        total = self.rows * self.columns
-        return (machine.block[0] * 0xFFFFFFFF + (total + self.blocks - 1)) // self.blocks
+        return (machine.block[0] * 0xFFFFFFFF + (self.total + self.blocks - 1)) // self.blocks
 
     def at(self, machine: Machine, turn: Word | int) -> Tile:
         """The tile that is this block's at a turn."""
-        index = machine.block[0] + turn * self.blocks
+        index, part = machine.block[0] + turn * self.blocks, machine.word(0)
+        if self.config.parts > 1:
+            each = self.rows * self.columns
+            index, part = index % each, index // each
         return Tile(
             row_block=index // self.columns * (self.config.outputs // row_blocks.ROWS),
             token=index % self.columns * self.config.tokens,
+            part=part,
         )
 
 
@@ -115,7 +127,7 @@ def takes_rows(product: Product) -> bool:
 
 def steps(product: Product, config: Config) -> int:
     """That a slice of a tile takes."""
-    return product.k // tile_inputs(product) // config.slices // config.span
+    return product.k // tile_inputs(product) // config.parts // config.slices // config.span
 
 
 @dataclass(frozen=True)
