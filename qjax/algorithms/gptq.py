@@ -47,6 +47,7 @@ from qjax.ranges import Grid, RangeSearch
 from qjax.scheme import Scheme
 
 BLOCK = 128
+_STRIP = 8  # inputs of a block that are one program
 _MOST_DAMPING = 1e4  # a multiple of the identity by then: plain rounding, of a Hessian of garbage
 
 Order = Literal["as-is", "by-activity", "by-group"]
@@ -225,7 +226,13 @@ def quantize(
     return _quantize(w, parsed, factor, axes, tile, search, options)
 
 
-@functools.partial(jax.jit, static_argnames=("scheme", "axes", "tile", "search", "options"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("scheme", "axes", "tile", "search", "options"),
+    # Left to itself XLA tries a hundred kernels for the one product here, half a minute for each shape of
+    # weight, and the fastest is not the same in every process.
+    compiler_options={"xla_gpu_enable_triton_gemm": False},
+)
 def _quantize(
     w: Float[Array, "..."],
     scheme: Scheme,
@@ -351,20 +358,49 @@ def _one_block(
     steps: Steps,
     nearest: Callable[..., Any],
 ) -> tuple[Shaped[Array, "b n"], Float[Array, "b n"]]:
-    """The codes of a block's inputs, and the errors that later inputs are to make up for."""
+    """The codes of a block's inputs, and the errors that later inputs are to make up for.
 
-    def one_input(i: Int[Array, ""], state):
+    As a block is to the whole, a strip of few inputs is to a block: a GPU makes one program of it.
+    """
+    strip = math.gcd(len(rows), _STRIP)
+
+    def one_strip(i: Int[Array, ""], state):
         rows, codes, errors = state
-        of_input, near = nearest(rows[i], steps.step[i], steps.zero[i])
-        error = (rows[i] - near) / upper[i, i]
-        later = jnp.where(jnp.arange(len(rows)) > i, upper[i], 0.0)
-        rows = rows - later[:, None] * error
-        return rows, codes.at[i].set(of_input), errors.at[i].set(error)
+        start = i * strip
+        current = lax.dynamic_slice_in_dim(rows, start, strip)
+        reach = lax.dynamic_slice_in_dim(upper, start, strip)
+        corner = lax.dynamic_slice_in_dim(reach, start, strip, axis=1)
+        grid = Steps(*(lax.dynamic_slice_in_dim(leaf, start, strip) for leaf in steps))
+        of_strip = lax.optimization_barrier(_one_strip(current, corner, grid, nearest))
+        later = jnp.where(jnp.arange(len(rows)) >= start + strip, reach, 0.0)
+        rows = rows - jnp.matmul(later.T, of_strip[1], precision="highest")
+        codes, errors = (
+            lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+            for whole, part in zip((codes, errors), of_strip, strict=True)
+        )
+        return rows, codes, errors
 
     codes, _ = jax.eval_shape(nearest, rows, steps.step, steps.zero)
-    start = rows, jnp.zeros(codes.shape, codes.dtype), jnp.zeros_like(rows)
-    _, codes, errors = lax.fori_loop(0, len(rows), one_input, start)
+    state = rows, jnp.zeros(codes.shape, codes.dtype), jnp.zeros_like(rows)
+    _, codes, errors = lax.fori_loop(0, len(rows) // strip, one_strip, state)
     return codes, errors
+
+
+def _one_strip(
+    rows: Float[Array, "s n"],
+    upper: Float[Array, "s s"],
+    steps: Steps,
+    nearest: Callable[..., Any],
+) -> tuple[Shaped[Array, "s n"], Float[Array, "s n"]]:
+    """Likewise, of a strip, input by input."""
+    all_codes, errors = [], []
+    for i, row in enumerate(rows):
+        for j, error in enumerate(errors):
+            row = row - upper[j, i] * error
+        codes, near = nearest(row, steps.step[i], steps.zero[i])
+        all_codes.append(codes)
+        errors.append((row - near) / upper[i, i])
+    return jnp.stack(all_codes), jnp.stack(errors)
 
 
 def as_inputs(w: Shaped[Array, "..."], axes: tuple[int, ...]) -> Shaped[Array, "k n"]:
