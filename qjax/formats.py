@@ -6,9 +6,11 @@ Three kinds exist. An *integer* format holds every whole number of a range. A *f
 values, and its code is an index into that table.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Shaped
@@ -168,3 +170,20 @@ def _nearest_entry(values: Float[Array, "*shape"], fmt: Format) -> Integer[Array
     moves_up = bounds[(bounds == midpoints) & (order[1:] % 2 == 0)]
     position += sum((values == bound).astype(jnp.int8) for bound in moves_up)
     return jnp.asarray(order)[position]
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that the arrays of a pytree take on the device.
+
+    Not their ``nbytes``: that counts a byte for each int4, of which XLA keeps two in one.
+
+    >>> device_bytes([jnp.zeros(3, jnp.int4), jnp.zeros(3, jnp.bfloat16)])
+    8
+    """
+
+    def size(leaf: Any) -> int:
+        dtype = jnp.dtype(leaf.dtype)
+        bits = 4 if dtype == jnp.int4 else 8 * dtype.itemsize
+        return -(-math.prod(leaf.shape) * bits // 8)
+
+    return sum(map(size, jax.tree.leaves(tree)))

@@ -3,13 +3,14 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from qjax import nnx_layers, qtensor, statistics
-from qjax.algorithms import gptq, round_nearest
+from qjax.algorithms import gptq, llm_int8, round_nearest
 from qjax.assignment import Assignment
 from qjax.method import Method
 from qjax.nnx_layers import QuantizableLayer
@@ -87,19 +88,20 @@ def _quantize(
     if isinstance(w, QTensor):
         raise ValueError(f"{path}: already quantized to {w.format.name}; start from the original")
     axis = _contraction_axes(path, layer)
-    damping = None
-    if method.rounding is None or inputs is None:
-        stacked = nnx_layers.stacked_axes(layer)
-        hessian = None if inputs is None else inputs.statistics.hessian
-        q = round_nearest.quantize(
-            w, scheme, axis=axis, stacked=stacked, search=method.search, hessian=hessian, name=path
-        )
-    else:
+    common: dict[str, Any] = {"axis": axis, "search": method.search, "name": path}
+    hessian = None if inputs is None else inputs.statistics.hessian
+    noted: dict[str, Any] = {}
+    if inputs is not None and method.rounding is not None:
         factor = inputs.factor(method.rounding, scheme.weights.group_size)
-        q = gptq.quantize(
-            w, scheme, factor, axis=axis, search=method.search, options=method.rounding, name=path
-        )
-        damping = float(factor.damping)
+        q = gptq.quantize(w, scheme, factor, options=method.rounding, **common)
+        noted = {"damping": float(factor.damping)}
+    elif inputs is not None and method.outliers is not None:
+        chosen = llm_int8.choose(inputs.statistics.absmax, method.outliers)
+        q = llm_int8.quantize(w, scheme, chosen.columns, hessian=hessian, **common)
+        noted = {"outliers": len(chosen.columns), "crowded_out": chosen.crowded_out}
+    else:
+        stacked = nnx_layers.stacked_axes(layer)
+        q = round_nearest.quantize(w, scheme, stacked=stacked, hessian=hessian, **common)
     error, saturated = compared(w, q, inputs)
     nnx_layers.install(layer, q)
     return LayerReport(
@@ -112,8 +114,8 @@ def _quantize(
         bytes_after=q.nbytes,
         seconds=time.perf_counter() - start,
         saturated=saturated,
-        damping=damping,
         calibration_rows=None if inputs is None else int(inputs.statistics.rows),
+        **noted,
     )
 
 

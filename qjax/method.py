@@ -4,7 +4,7 @@
 import itertools
 from dataclasses import dataclass, replace
 
-from qjax.algorithms import awq, gptq, learned_rounding, smoothquant
+from qjax.algorithms import awq, gptq, learned_rounding, llm_int8, smoothquant
 from qjax.ranges import RangeSearch
 from qjax.scheme import Recipe
 
@@ -41,12 +41,24 @@ class Method:
       search: how the range of each tile is chosen.
       rounding: the options of GPTQ; None: each weight to the nearest value by itself.
       learned: how a block's codes, scales and zeros are trained from there; None: they are not.
+      outliers: which inputs LLM.int8() keeps in 16 bits; None: none. It stands by itself, for every
+        other algorithm would change weights that have no codes.
+
+    Raises:
+      ValueError: outliers are kept, and another algorithm is to be run.
     """
 
     rescaling: awq.Options | smoothquant.Options | None = None
     search: RangeSearch = RangeSearch()
     rounding: gptq.Options | None = None
     learned: learned_rounding.Options | None = None
+    outliers: llm_int8.Options | None = None
+
+    def __post_init__(self):  # noqa: D105
+        if self.outliers and (self.rescaling or self.rounding or self.learned):
+            raise ValueError(
+                f"llm-int8 stands by itself and is no link of a chain, got {self.name}"
+            )
 
     @property
     def name(self) -> str:
@@ -54,12 +66,13 @@ class Method:
         links = [name for name, of in RESCALINGS.items() if isinstance(self.rescaling, type(of))]
         links += ["gptq"] if self.rounding is not None else []
         links += ["learned"] if self.learned is not None else []
+        links += ["llm-int8"] if self.outliers is not None else []
         return "+".join(links) or "rtn"
 
     @property
     def calibrated(self) -> bool:
         """Whether it needs to see activations."""
-        return self.by_block or self.needs_hessians
+        return self.by_block or self.needs_hessians or self.outliers is not None
 
     @property
     def by_block(self) -> bool:
@@ -75,11 +88,22 @@ class Method:
             or isinstance(self.rescaling, awq.Options)
         )
 
+    def check(self, recipe: Recipe) -> None:
+        """Checks that every scheme of a recipe is one that the method can make.
+
+        Raises:
+          ValueError: LLM.int8() for another scheme than w8a8.
+        """
+        if self.outliers is not None:
+            for rule in recipe.rules:
+                if rule.scheme is not None:
+                    llm_int8.check(rule.scheme)
+
     @staticmethod
     def parse(
         name: str, search: RangeSearch | None = None, recipe: Recipe | None = None
     ) -> "Method":
-        """Reads ``rtn``, ``gptq``, ``awq``, ``smoothquant``, ``learned``, a chain of them, or ``best``.
+        """Reads ``rtn``, ``gptq``, ``awq``, ``smoothquant``, ``learned``, chains, ``llm-int8``, ``best``.
 
         Args:
           name: at most one rescaling, then at most one rounding, then what is learned from there.
@@ -125,6 +149,7 @@ def _chains() -> dict[str, Method]:
             (None, *RESCALINGS.values()),
         )
     ]
+    methods.append(Method(outliers=llm_int8.Options()))
     return {method.name: method for method in methods}
 
 

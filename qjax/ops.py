@@ -13,6 +13,7 @@ over               int8 or int4 per token      ``dot(codes, codes) -> int32``, t
 groups or blocks   as they are                 ``dot(x, dequantize(w))``
                    per token                   ``dot(codes, dequantize(w)) * scale``
 any                in groups (fp8-block, mx)   ``dot(dequantize(x), dequantize(w))``
+any, and outliers  any                         as above without them, plus their ``dot`` as floats
 groups, on a GPU   as they are, few rows       ``sum(dot(x, codes) by group * scale)``: `few_rows`
 =================  ==========================  =====================================================
 
@@ -36,8 +37,9 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, Shaped
 
 from pallas_kernels import device
-from qjax import activations, kernel_products, qtensor, tiles
+from qjax import activations, kernel_products, outliers, qtensor, tiles
 from qjax.qtensor import QTensor
+from qjax.subscripts import letters
 
 Implementation = Literal["auto", "xla", "pallas"]
 _LEAST_ROWS = 16  # see few_rows
@@ -120,6 +122,8 @@ def dot_general(
     dtype = preferred_element_type or jnp.promote_types(x.dtype, w.dtype)
     numbers = _normalized(dimension_numbers, x.ndim, w.ndim)
     _check_lengths(x, w, numbers)
+    if isinstance(w, QTensor) and w.outliers is not None:
+        return _in_two_parts(x, w, numbers, precision, implementation).astype(dtype)
     if implementation != "xla":
         reason = kernel_products.why_not(x, w, numbers)
         if reason is None and isinstance(w, QTensor):
@@ -136,11 +140,7 @@ def dot_general(
     if out_sharding is not None:
         raise NotImplementedError("out_sharding with a QTensor: constrain the result instead")
     if w.activations is not None:
-        if not _sums_over_quantized_axes(w, numbers):
-            raise ValueError(
-                f"{_describe(w)} was quantized for products over its axes {w.axis}; this one sums "
-                f"over {numbers[0][1]}, so its activations cannot be quantized to match"
-            )
+        _check_quantized_axes(w, numbers)
         y: Array = _both_quantized(x, w, numbers, precision)
         return y.astype(dtype)
     return _weight_only(x, w, numbers, precision).astype(dtype)
@@ -175,7 +175,7 @@ def einsum(
       >>> einsum("...d,dhk->...hk", jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
       (5, 3, 4)
     """
-    x_letters, w_letters, result = _letters(subscripts, x.ndim, w.ndim)
+    x_letters, w_letters, result = letters(subscripts, x.ndim, w.ndim)
     shared = [c for c in x_letters if c in w_letters]
     batch = [c for c in shared if c in result]
     summed = [c for c in w_letters if c in shared and c not in result]
@@ -219,6 +219,8 @@ def take(
             scale=rows(table.scale),
             zero=rows(table.zero),
             tensor_scale=table.tensor_scale,
+            columns=table.columns,
+            outliers=None if table.outliers is None else jnp.take(table.outliers, ids, axis=-1),
             format=table.format,
             axis=(-1,),
             tile=(1,) * ids.ndim + (tile_columns,),
@@ -236,6 +238,9 @@ def form(w: Any) -> str:
     """
     if not isinstance(w, QTensor):
         return "xla: dot"
+    if w.outliers is not None:
+        rest = form(w.replaced(columns=None, outliers=None))
+        return f"{rest}; {w.columns.shape[-1]} inputs in {w.outliers.dtype}"
     if device.is_hopper() and qtensor.why_no_kernel(w) is None:
         once = "" if w.layout else " once prepared"
         most = kernel_products.most_rows(w)
@@ -336,6 +341,20 @@ def _is_few_rows(x, w: QTensor, numbers: DimensionNumbers) -> bool:
     length, groups = w.shape[axis], w.scale.shape[axis]
     rows = max(_LEAST_ROWS, x.size // length)
     return length % groups == 0 and 4 * rows * groups <= length
+
+
+def _in_two_parts(x, w: QTensor, numbers, precision, implementation) -> Float[Array, "..."]:
+    """The float32 product of a weight with outliers: theirs, and that of the rest as it comes."""
+    ((x_axes, w_axes), (batch, _)) = numbers
+    _check_quantized_axes(w, numbers)
+    columns, held = (leaf if w.layer is None else leaf[w.layer] for leaf in (w.columns, w.outliers))
+    if batch or columns.ndim != 1:
+        raise ValueError(f"{_describe(w)} has outliers: it can be multiplied alone, not in a batch")
+    rest, few = outliers.split(x, columns, tuple(x_axes[w_axes.index(a % w.ndim)] for a in w.axis))
+    few, held = (part.astype(jnp.promote_types(x.dtype, held.dtype)) for part in (few, held))
+    w = w.replaced(columns=None, outliers=None)
+    y = dot_general(rest, w, numbers, precision, jnp.float32, implementation=implementation)
+    return y + _float_dot(few, held, (((0,), (0,)), ((), ())), precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -456,31 +475,16 @@ def _check_lengths(x: Any, w: Any, numbers: DimensionNumbers) -> None:
             )
 
 
+def _check_quantized_axes(w: QTensor, numbers: DimensionNumbers) -> None:
+    if not _sums_over_quantized_axes(w, numbers):
+        raise ValueError(
+            f"{_describe(w)} was quantized for products over its axes {w.axis}; this one sums "
+            f"over {numbers[0][1]}, so its activations cannot be quantized to match"
+        )
+
+
 def _sums_over_quantized_axes(w: QTensor, numbers: DimensionNumbers) -> bool:
     return {a % w.ndim for a in w.axis} == set(numbers[0][1])
-
-
-def _letters(subscripts: str, x_ndim: int, w_ndim: int) -> tuple[list[str], list[str], list[str]]:
-    """The axes of both operands and the result, one name each; an ellipsis becomes digits."""
-    operands, arrow, result = subscripts.replace(" ", "").partition("->")
-    parts = operands.split(",")
-    if not arrow or len(parts) != 2:
-        raise ValueError(f"einsum {subscripts!r}: need two operands and '->'")
-    if "..." in parts[1]:
-        raise ValueError(f"einsum {subscripts!r}: an ellipsis may stand in the first operand only")
-    hidden = [str(i) for i in range(x_ndim - len(parts[0].replace("...", "")))]
-    x, w, y = (
-        [c for piece in part.replace("...", "|").replace("|", " | ").split(" ") if piece
-         for c in (hidden if piece == "|" else piece)]
-        for part in (*parts, result)
-    )  # fmt: skip
-    if len(x) != x_ndim or len(w) != w_ndim:
-        raise ValueError(f"einsum {subscripts!r}: operands have {x_ndim} and {w_ndim} axes")
-    if any(len(set(names)) != len(names) for names in (x, w, y)):
-        raise ValueError(f"einsum {subscripts!r}: a letter stands twice in one operand")
-    if {c for c in x + w if c not in y} - (set(x) & set(w)) or set(y) - set(x + w):
-        raise ValueError(f"einsum {subscripts!r}: a summed letter must stand in both operands")
-    return x, w, y
 
 
 def _describe(w: Any) -> str:

@@ -59,6 +59,7 @@ def quantize_model(
     """
     recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
     method = Method.parse(method, search, recipe) if isinstance(method, str) else method
+    method.check(recipe)
     if method.by_block:
         raise ValueError(
             f"{method.name} changes what feeds a layer, or layers together, which needs the model in "

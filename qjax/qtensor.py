@@ -8,6 +8,7 @@ kernel is a group of 128 along the contraction, ``(in, 1)`` one scale an output 
 one for the tensor, ``(128, 128)`` a block.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,8 +20,8 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels import packing, product, quantized_matmul, row_blocks
 from pallas_kernels.machine import Half
 from pallas_kernels.operands import Weights
-from qjax import formats, tiles
-from qjax.formats import Format
+from qjax import formats, outliers, tiles
+from qjax.formats import Format, device_bytes
 from qjax.scheme import ActivationScheme, ScaleFormat, Scheme, WeightScheme
 
 
@@ -44,6 +45,9 @@ class KernelLayout:
 _SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
 
 
+_LEAVES = ("codes", "scale", "zero", "tensor_scale", "columns", "outliers", "layer")
+
+
 @jax.tree_util.register_pytree_with_keys_class
 class QTensor:
     """An array in few bits: codes and scales as leaves, everything else static.
@@ -58,6 +62,10 @@ class QTensor:
       scale: one entry a tile; the logical dtype, or float8_e8m0fnu (mx), or float8_e4m3fn (nvfp4).
       zero: int8, one entry a tile; None when symmetric.
       tensor_scale: float32 scalar over e4m3 scales; else None.
+      columns: int32, numbers of the inputs that are held as they are, as :mod:`qjax.outliers` counts
+        them, over the whole axis; None: no input is.
+      outliers: the weights of those inputs, ``[columns, ...]``, whatever their codes say. A product takes
+        these inputs by themselves, not quantized.
       format: what the codes mean.
       axis: the contraction axes, counted from the end.
       activations: how the other operand of a product is quantized; None leaves it as it is.
@@ -68,8 +76,8 @@ class QTensor:
     """
 
     __slots__ = (
-        "_dtype", "_shape", "_tile", "activations", "axis", "codes", "format", "layer", "layout",
-        "scale", "tensor_scale", "zero",
+        "_dtype", "_shape", "_tile", "activations", "axis", "codes", "columns", "format", "layer",
+        "layout", "outliers", "scale", "tensor_scale", "zero",
     )  # fmt: skip
 
     # The leaves are Any on purpose: under transformations JAX puts tracers, shapes or plain
@@ -78,6 +86,8 @@ class QTensor:
     scale: Any
     zero: Any
     tensor_scale: Any
+    columns: Any
+    outliers: Any
     layer: Any
     format: Format
     axis: tuple[int, ...]
@@ -91,6 +101,8 @@ class QTensor:
         scale: Any,
         zero: Any = None,
         tensor_scale: Any = None,
+        columns: Any = None,
+        outliers: Any = None,
         layer: Any = None,
         format: Format,
         axis: tuple[int, ...],
@@ -107,6 +119,8 @@ class QTensor:
           scale: one entry a tile.
           zero: one entry a tile, or None.
           tensor_scale: scalar, or None.
+          columns: numbers of inputs, or None.
+          outliers: their weights, or None.
           layer: int32 scalar, or None.
           format: what the codes mean.
           axis: contraction axes, counted from the end.
@@ -117,7 +131,7 @@ class QTensor:
           layout: how the leaves are arranged.
         """
         self.codes, self.scale, self.zero, self.tensor_scale = codes, scale, zero, tensor_scale
-        self.layer = layer
+        self.columns, self.outliers, self.layer = columns, outliers, layer
         self.format, self.axis, self.activations = format, axis, activations
         self.layout = layout
         self._shape, self._tile, self._dtype = tuple(shape), tuple(tile), jnp.dtype(dtype)
@@ -211,7 +225,7 @@ class QTensor:
         """Bytes that the device holds: codes, scales, zeros; two int4 codes to a byte.
 
         Of a layer that is looked at in the arrays of all layers: what is its own. The arrays take
-        :func:`device_bytes`.
+        :func:`qjax.formats.device_bytes`.
         """
         if self.layer is None:
             return device_bytes(self)
@@ -268,7 +282,7 @@ class QTensor:
         return result
 
     def replaced(self, **leaves: Any) -> "QTensor":
-        """The same with other leaves: codes, scale, zero or layer."""
+        """The same with other leaves."""
         present, static = self.tree_flatten_with_keys()
         if unknown := leaves.keys() - {key.name for key, _ in present}:
             raise TypeError(f"a QTensor has no leaf {', '.join(sorted(unknown))}")
@@ -287,8 +301,7 @@ class QTensor:
 
     def tree_flatten_with_keys(self):
         """Leaves with their names, and everything static."""
-        names = ("codes", "scale", "zero", "tensor_scale", "layer")
-        leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
+        leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _LEAVES)
         return leaves, (
             self.format, self.axis, self._tile, self._shape, self._dtype, self.activations,
             self.layout,
@@ -297,11 +310,10 @@ class QTensor:
     @classmethod
     def tree_unflatten(cls, static, leaves):
         """Inverse of :meth:`tree_flatten_with_keys`; takes any leaves."""
-        codes, scale, zero, tensor_scale, layer = leaves
         format, axis, tile, shape, dtype, activations, layout = static
         return cls(
-            codes=codes, scale=scale, zero=zero, tensor_scale=tensor_scale, layer=layer, format=format,
-            axis=axis, tile=tile, shape=shape, dtype=dtype, activations=activations, layout=layout,
+            **dict(zip(_LEAVES, leaves, strict=True)), format=format, axis=axis, tile=tile, shape=shape,
+            dtype=dtype, activations=activations, layout=layout,
         )  # fmt: skip
 
 
@@ -417,8 +429,8 @@ def _taken(q: QTensor) -> QTensor:
     """A layer by itself: its leaves are copied out of those of all layers."""
     if q.layer is None:
         return q
-    zero = None if q.zero is None else q.zero[q.layer]
-    return q.replaced(codes=q.codes[q.layer], scale=q.scale[q.layer], zero=zero, layer=None)
+    leaves = {name: getattr(q, name) for name in _LEAVES if name != "layer"}
+    return q.replaced(**jax.tree.map(lambda leaf: leaf[q.layer], leaves), layer=None)
 
 
 def unpacked(q: QTensor) -> Shaped[Array, "..."]:
@@ -453,7 +465,7 @@ def scales(q: QTensor) -> Float[Array, "..."]:
 
 
 def dequantize(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
-    """The array that the codes stand for: ``(codes - zero) * scale``.
+    """The array that the codes stand for: ``(codes - zero) * scale``; outliers as they are.
 
     Args:
       q: the quantized array.
@@ -468,24 +480,13 @@ def dequantize(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
       [[0.5, -4.0], [1.5, 8.0]]
     """
     factor = tiles.spread(scales(q), q.tile, _tiled_shape(q))
-    return (centred(q) * factor).astype(q.dtype if dtype is None else dtype)
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that the arrays of a pytree take on the device.
-
-    Not their ``nbytes``: that counts a byte for each int4, of which XLA keeps two in one.
-
-    >>> device_bytes([jnp.zeros(3, jnp.int4), jnp.zeros(3, jnp.bfloat16)])
-    8
-    """
-
-    def size(leaf: Any) -> int:
-        dtype = jnp.dtype(leaf.dtype)
-        bits = 4 if dtype == jnp.int4 else 8 * dtype.itemsize
-        return -(-math.prod(leaf.shape) * bits // 8)
-
-    return sum(map(size, jax.tree.leaves(tree)))
+    near = (centred(q) * factor).astype(q.dtype if dtype is None else dtype)
+    if q.outliers is None:
+        return near
+    q, place = _taken(q), functools.partial(outliers.joined, axes=q.axis)
+    for _ in range(q.columns.ndim - 1):
+        place = jax.vmap(place)
+    return place(near, q.columns, q.outliers)
 
 
 def _tiled_shape(q: QTensor) -> tuple[int, ...]:

@@ -25,6 +25,8 @@ class LayerReport:
       saturated: infinite weights, which took the ends of their tiles' ranges.
       damping: share of the mean that was added to the Hessian's diagonal; None without a Hessian.
       calibration_rows: tokens that the layer saw in calibration; None without any.
+      outliers: inputs that are kept as they are, in 16 bits; None: the method keeps none.
+      crowded_out: inputs as large as those, for which there was no room.
     """
 
     path: str
@@ -39,6 +41,8 @@ class LayerReport:
     saturated: int = 0
     damping: float | None = None
     calibration_rows: int | None = None
+    outliers: int | None = None
+    crowded_out: int = 0
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> "LayerReport":
@@ -70,7 +74,7 @@ class QuantizationReport:
         return tuple(layer for layer in self.layers if layer.scheme is None)
 
     def warnings(self) -> list[str]:
-        """One line for each rule without layers, layer left alone, and layer of infinite weights."""
+        """A line for each rule or layer without effect, and for values that had to be cut or rounded."""
         rules = [f"rule {pattern!r} decided for no layer" for pattern in self.unmatched_rules]
         saturated = [
             f"{layer.path}: infinite weights saturated, {layer.saturated} in all"
@@ -78,7 +82,18 @@ class QuantizationReport:
             if layer.saturated
         ]
         alone = [f"{layer.path} stays as it is: {layer.reason}" for layer in self.unquantized]
-        return rules + saturated + alone
+        return rules + saturated + self._crowded_out() + alone
+
+    def _crowded_out(self) -> list[str]:
+        """At most one line: in a model of today every layer of one kind may be concerned."""
+        crowded = [layer for layer in self.layers if layer.crowded_out]
+        if not crowded:
+            return []
+        worst = max(crowded, key=lambda layer: layer.crowded_out)
+        return [
+            f"{len(crowded)} layers have more inputs with outliers than there is room for in 16 bits: in "
+            f"{worst.path} {worst.outliers} are kept, {worst.crowded_out} are quantized with the rest"
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain JSON types, totals included."""

@@ -89,6 +89,7 @@ def quantize_sequentially(
     """
     recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
     method = Method.parse(method, search, recipe) if isinstance(method, str) else method
+    method.check(recipe)
     if method.learned is not None and len(tokens) < reconstruction.LEAST_WINDOWS:
         raise ValueError(
             f"{method.name} holds some calibration windows out to see what is learned: it needs "

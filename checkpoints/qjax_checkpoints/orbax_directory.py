@@ -4,7 +4,7 @@
     config.json, tokenizer.json, ...    as in the directory that the model came from
     qjax.json                           format version; shapes, dtypes, each QTensor's static part
     arrays/                             the Orbax checkpoint: parameter path -> array, or -> codes,
-                                        scale, zero and tensor_scale of a QTensor
+                                        scale, zero, tensor_scale, columns and outliers of a QTensor
 
 It holds whatever a QTensor can be. Codes below 8 bits are stored as the bytes of
 :mod:`pallas_kernels.packing`, however the model holds them to compute.
@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from pallas_kernels import packing
-from qjax import QTensor, formats, nnx_layers
+from qjax import QTensor, formats, nnx_layers, outliers
 from qjax.nnx_layers import named_variables
 from qjax.qtensor import plain, unpacked
 from qjax.scheme import ActivationScheme
@@ -39,7 +39,8 @@ from qjax_models import Decoder
 DESCRIPTION_FILE = "qjax.json"
 _ARRAYS = "arrays"
 _VERSION = 1
-_LEAVES = ("codes", "scale", "zero", "tensor_scale")  # of a QTensor; the last two may be absent
+_PLAIN = ("codes", "scale", "zero", "tensor_scale")  # of a QTensor; the last two may be absent
+_LEAVES = (*_PLAIN, "columns", "outliers")  # these two are there together, or absent
 
 
 def write_orbax(folder: Path, model: Decoder) -> None:
@@ -146,14 +147,19 @@ def _assemble(
     format, codes = formats.format_named(entry["format"]), leaves["codes"]
     if format.bits < 8:
         codes = packing.unpack(codes, format.bits, entry["shape"][-1], signed=format.signed)
-    return QTensor.from_codes(
-        **(dict(leaves) | {"codes": codes}),
+    q = QTensor.from_codes(
+        **({name: leaves[name] for name in _PLAIN if name in leaves} | {"codes": codes}),
         format=format,
         axis=tuple(entry["axis"]),
         tile=tuple(entry["tile"]),
         dtype=entry["dtype"] if dtype is None else dtype,
         activations=activations,
     )
+    if "outliers" not in leaves:
+        return q
+    columns, held = leaves["columns"], leaves["outliers"]
+    outliers.check(q.shape, columns, held, q.axis)
+    return q.replaced(columns=columns, outliers=held)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -188,6 +194,7 @@ def _is_described(entry: Any) -> bool:
                 and axis != []
                 and all(type(a) is int and -len(tile) <= a < 0 for a in axis)
                 and {"codes", "scale"} <= set(leaves) <= set(_LEAVES)
+                and ("columns" in leaves) == ("outliers" in leaves)
                 and all(map(_is_array, leaves.values()))
                 and (activations is None or _are_activations(activations))
             )

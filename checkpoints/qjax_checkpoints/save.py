@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from qjax import QTensor, Recipe, dequantize
-from qjax.qtensor import device_bytes
+from qjax.formats import device_bytes
 from qjax_checkpoints.atomic import check_space, check_writable, new_directory
 from qjax_checkpoints.checkpoint import Checkpoint
 from qjax_checkpoints.compressed_tensors.write import compressed

@@ -98,9 +98,10 @@ def _kind(weight: Any) -> Hashable:
     in_blocks = weight.scheme.weights.granularity == "block" and weight.shape[-1] % shared == 0
     if shared > 1 and not in_blocks:
         return None
+    columns = None if weight.columns is None else tuple(weight.columns.tolist())
     return (
         weight.format, weight.axis, weight.tile, weight.dtype, weight.activations,
-        weight.scale.dtype, weight.zero is None,
+        weight.scale.dtype, weight.zero is None, columns,
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def _side_by_side(parts: list[Any]) -> Any:
     first, *_ = parts
     if not isinstance(first, QTensor):
         return joined(parts)
-    return QTensor.from_codes(
+    result = QTensor.from_codes(
         # Unpacked, because a part's outputs need not fill whole bytes.
         joined([qtensor.unpacked(part) for part in parts]),
         joined([part.scale for part in parts]),
@@ -137,4 +138,9 @@ def _side_by_side(parts: list[Any]) -> Any:
         tile=first.tile,
         dtype=first.dtype,
         activations=first.activations,
+    )
+    if first.outliers is None:
+        return result
+    return result.replaced(
+        columns=first.columns, outliers=joined([part.outliers for part in parts])
     )

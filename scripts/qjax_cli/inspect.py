@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from qjax import nnx_layers, ops, qtensor
+from qjax import formats, nnx_layers, ops
 from qjax.qtensor import QTensor
 from qjax_checkpoints.load import load
 from qjax_cli.console import Console, table
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         _layer(path, nnx_layers.weight_of(layer))
         for path, layer in nnx_layers.quantizable_layers(checkpoint.model)
     ]
-    total = qtensor.device_bytes(nnx.state(checkpoint.model))
+    total = formats.device_bytes(nnx.state(checkpoint.model))
     weights = sum(layer["elements"] for layer in layers)
     values = {
         "kind": checkpoint.kind,
@@ -67,5 +67,6 @@ def _layer(path: str, w: jax.Array | QTensor) -> dict:
         "elements": w.size,
         "bytes": w.nbytes,
         "bits_per_weight": 8 * w.nbytes / w.size,
+        "outliers": w.columns.size if quantized and w.columns is not None else 0,
         "runs_as": ops.form(w),
     }

@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="rtn",
         help="rtn: round to nearest (default); gptq: later weights make up for errors; awq, "
         "smoothquant: important or outlying channels are rescaled first; learned: the layers of a "
-        "block are trained together for what comes out of it; best: the chain that measured best",
+        "block are trained together for what comes out of it; llm-int8: inputs with outliers stay in 16 "
+        "bits (w8a8, --format orbax); best: the chain that measured best",
     )
     parser.add_argument(
         "--range",
@@ -212,10 +213,17 @@ def _method(args: argparse.Namespace, recipe: qjax.Recipe) -> qjax.Method:
     """The method that the arguments name.
 
     Raises:
-      ValueError: it needs calibration and has no data, or has some that it does not look at.
+      ValueError: it is not for a scheme of the recipe, or the format does not hold what it makes; it
+        needs calibration and has no data, or has some that it does not look at.
     """
     search = qjax.RangeSearch(method=args.range) if args.range else None
     how = qjax.Method.parse(args.method, search, recipe)
+    how.check(recipe)
+    if how.outliers is not None and args.format == "compressed-tensors":
+        raise ValueError(
+            f"--method {how.name} keeps inputs with outliers beside the codes, which compressed-tensors "
+            "has no place for; --format orbax does"
+        )
     if how.calibrated and not args.calib:
         raise ValueError(
             f"--method {how.name}{' with --range output' if how.name == 'rtn' else ''} looks at what "

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax import QTensor, Recipe, dequantize, qtensor, quantize_model
+from qjax import QTensor, Recipe, dequantize, formats, qtensor, quantize_model
 from qjax_models import Decoder, DecoderConfig, Generator, joined
 from qjax_models.joined import is_joined, join_projections
 from qjax_models.rope import rotation
@@ -95,7 +95,7 @@ def test_every_family_in_every_scheme(goldens, name, scheme):
     angles = rotation(golden.config.rope, golden.config.head_size, positions, 9)
     x = jax.random.normal(jax.random.key(0), (2, 9, golden.config.hidden_size))
     separate, expected = weights(block), outputs(block, x, angles, positions)
-    size = qtensor.device_bytes(nnx.state(model))
+    size = formats.device_bytes(nnx.state(model))
 
     join_projections(model)
     assert block.self_attn.fused and block.mlp.fused
@@ -104,7 +104,7 @@ def test_every_family_in_every_scheme(goldens, name, scheme):
     jax.tree.map(np.testing.assert_array_equal, weights(block), separate)
     assert_close(outputs(block, x, angles, positions), expected)
     # Packed outputs may fill bytes better than those of the parts did.
-    assert size - 64 <= qtensor.device_bytes(nnx.state(model)) <= size
+    assert size - 64 <= formats.device_bytes(nnx.state(model)) <= size
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -261,16 +261,16 @@ def test_weights_arranged_for_a_kernel_stay_apart():
 def test_one_layer_at_a_time_is_held_twice(monkeypatch):
     model = wide_decoder(num_layers=5)
     of_a_layer = 2 * 128 * 2 * 256  # gate and up, or queries, keys and values; bfloat16
-    before = qtensor.device_bytes(jax.live_arrays())
+    before = formats.device_bytes(jax.live_arrays())
     held = []
 
     def watched(parts, side_by_side=joined._side_by_side):
         result = side_by_side(parts)
-        held.append(qtensor.device_bytes(jax.live_arrays()))
+        held.append(formats.device_bytes(jax.live_arrays()))
         return result
 
     monkeypatch.setattr(joined, "_side_by_side", watched)
     join_projections(model)
     assert len(held) == 10
     assert max(held) <= before + of_a_layer
-    assert qtensor.device_bytes(jax.live_arrays()) <= before
+    assert formats.device_bytes(jax.live_arrays()) <= before

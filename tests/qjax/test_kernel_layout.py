@@ -11,7 +11,7 @@ from flax import nnx
 
 import qjax
 from pallas_kernels import device
-from qjax import activations, kernel_products, ops, qtensor
+from qjax import activations, formats, kernel_products, ops, qtensor
 
 HALF_TOKENS = [
     "w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w4a16-channel", "w4a16-channel-asym",
@@ -327,7 +327,7 @@ def test_a_view_of_a_layer_is_that_layer(hopper, weight):
     alone = qjax.prepare(qjax.quantize(weight, "w4a16-g64-asym"))
     assert (view.nbytes, view.bits_per_weight) == (alone.nbytes, alone.bits_per_weight)
     assert stack.nbytes == 2 * alone.nbytes
-    assert qtensor.device_bytes(view) == stack.nbytes + 4  # of all layers, and which one it is
+    assert formats.device_bytes(view) == stack.nbytes + 4  # of all layers, and which one it is
     assert view.shape == weight.shape and view.scheme == q.scheme
     np.testing.assert_array_equal(qjax.dequantize(view), qjax.dequantize(q)[1])
     x = jnp.ones((3, 256), jnp.bfloat16)

@@ -29,6 +29,18 @@ def test_nothing_happens_silently():
     assert line == "a/up: infinite weights saturated, 3 in all"
 
 
+def test_one_line_for_all_layers_whose_outliers_are_too_many():
+    layers = (
+        dataclasses.replace(DONE, outliers=16),
+        dataclasses.replace(DONE, path="a/down", outliers=48, crowded_out=9),
+        dataclasses.replace(DONE, path="b/down", outliers=48, crowded_out=100),
+    )
+    assert QuantizationReport(layers=layers, unmatched_rules=()).warnings() == [
+        "2 layers have more inputs with outliers than there is room for in 16 bits: in b/down 48 are kept, "
+        "100 are quantized with the rest"
+    ]
+
+
 def test_json():
     read = json.loads(REPORT.dumps(), parse_constant=lambda word: 1 / 0)  # no NaN, no Infinity
     assert read["unmatched_rules"] == [".*down"]
@@ -46,7 +58,7 @@ def test_json():
     assert second["scheme"] is None and second["relative_output_error"] is None
     assert set(first) == {"path", "scheme", "method", "shape", "relative_output_error", "bytes_before",
                           "bytes_after", "seconds", "reason", "saturated", "damping",
-                          "calibration_rows"}  # fmt: skip
+                          "calibration_rows", "outliers", "crowded_out"}  # fmt: skip
 
 
 def test_an_empty_report():

@@ -186,8 +186,11 @@ def test_heads_of_values_stand_once_for_each_query_head():
     )
 
 
-@pytest.mark.parametrize("method", names())
-@pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8"])
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [("llm-int8", "w8a8")]
+    + [(n, s) for n in names() if n != "llm-int8" for s in ("w4a16-g8", "w8a8")],
+)
 def test_every_method_and_a_bound_on_what_it_costs(model, tokens, method, scheme):
     quantized, report = qjax.quantize_sequentially(model, chain, tokens, scheme, method=method)
     chain_of_it = Method.parse(method, recipe=qjax.Recipe.uniform(scheme)).name
@@ -382,5 +385,5 @@ def test_methods_read_their_own_names():
     chains = set(names()) - {"best"}
     for name in chains:
         assert Method.parse(name).name == name
-    assert len(chains) == 12 and {"learned", "smoothquant+gptq+learned"} < chains
+    assert len(chains) == 13 and {"learned", "smoothquant+gptq+learned"} < chains
     assert dataclasses.replace(Method.parse("gptq"), rounding=None).name == "rtn"

@@ -68,6 +68,8 @@ def format_of(q: QTensor) -> str:
     """
     if q.ndim != 2 or q.axis != _CONTRACTION:
         raise ValueError("only linear layers can be held")
+    if q.outliers is not None:
+        raise ValueError("no format holds inputs with outliers beside the codes")
     group = q.activations.group_size if q.activations else None
     if group is not None and q.shape[0] > group and q.shape[0] % group:
         raise ValueError(f"activation groups of {group} must divide its {q.shape[0]} inputs")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import qjax
-from qjax import activations, kernel_products, qtensor, tiles
+from qjax import activations, formats, kernel_products, qtensor, tiles
 from qjax.qtensor import QTensor
 from qjax_cli.bench import timing
 
@@ -106,7 +106,7 @@ def _weights(scheme: str, k: int, n: int) -> list[Any]:
         w = jax.random.normal(key, (k, n), jnp.bfloat16) * 0.02
         return w if scheme == PLAIN else qjax.quantize(w, scheme)
 
-    nbytes = qtensor.device_bytes(jax.eval_shape(draw, jax.random.key(0)))
+    nbytes = formats.device_bytes(jax.eval_shape(draw, jax.random.key(0)))
     return [draw(key) for key in jax.random.split(jax.random.key(0), timing.copies_of(nbytes))]
 
 
@@ -169,6 +169,6 @@ def _row(scheme: str, form: Form, x: jax.Array, program: timing.Program) -> Row:
     return Row(
         scheme=scheme, implementation=form.implementation, m=m, k=k, n=n,
         us=took.us, spread_us=took.spread_us,
-        tb_per_s=qtensor.device_bytes(form.weights[0]) / took.us / 1e6,
+        tb_per_s=formats.device_bytes(form.weights[0]) / took.us / 1e6,
         tflops=2 * m * k * n / took.us / 1e6,
     )  # fmt: skip

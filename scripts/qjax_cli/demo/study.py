@@ -10,8 +10,8 @@ from jaxtyping import Int32
 
 import qjax
 from qjax.evaluation import logits_of
+from qjax.formats import device_bytes
 from qjax.nnx_layers import quantizable_layers, weight_of
-from qjax.qtensor import device_bytes
 from qjax_models import Decoder
 from qjax_models.generate import Generator
 

@@ -420,6 +420,14 @@ def test_calibration_that_is_missing_or_of_no_use(qjax, source, tmp_path):
     )  # fmt: skip
 
 
+def test_outliers_that_a_scheme_or_a_format_has_no_place_for(quantize, tmp_path):
+    """Said before any work: the calibration text is not even looked for."""
+    options = ("--method", "llm-int8", "--calib", tmp_path / "nowhere.txt", "--format")
+    fails(quantize("w4a16-g32", *options, "orbax"), "llm-int8", "for w8a8", "not for w4a16-g32")
+    fails(quantize("w8a8", *options, "compressed-tensors"), "llm-int8", "--format orbax does")
+    fails(quantize("w8a8", *options, "orbax", "--resume"), "--resume", "compressed-tensors")
+
+
 def test_calibration_tokens_that_the_model_does_not_know(qjax, source, tmp_path):
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.full((4, 64), 300, np.int32))
