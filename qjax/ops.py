@@ -122,6 +122,8 @@ def dot_general(
     dtype = preferred_element_type or jnp.promote_types(x.dtype, w.dtype)
     numbers = _normalized(dimension_numbers, x.ndim, w.ndim)
     _check_lengths(x, w, numbers)
+    if isinstance(w, QTensor) and out_sharding is not None:
+        raise NotImplementedError("out_sharding with a QTensor: constrain the result instead")
     if isinstance(w, QTensor) and w.outliers is not None:
         return _in_two_parts(x, w, numbers, precision, implementation).astype(dtype)
     if implementation != "xla":
@@ -137,8 +139,6 @@ def dot_general(
         w = qtensor.plain(w)
     if not isinstance(w, QTensor):
         return _float_dot(x, w, numbers, precision, dtype, out_sharding)
-    if out_sharding is not None:
-        raise NotImplementedError("out_sharding with a QTensor: constrain the result instead")
     if w.activations is not None:
         _check_quantized_axes(w, numbers)
         y: Array = _both_quantized(x, w, numbers, precision)

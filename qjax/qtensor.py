@@ -44,7 +44,6 @@ class KernelLayout:
 # How a scheme calls the dtypes of scales that are not simply floats.
 _SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
 
-
 _LEAVES = ("codes", "scale", "zero", "tensor_scale", "columns", "outliers", "layer")
 
 

@@ -126,16 +126,18 @@ def anchored(w: Float[Array, "..."], start: QTensor) -> Anchor:
 
     Args:
       w: the original weight; infinities are taken to be what ``start`` makes of them.
-      start: any QTensor of its shape.
+      start: any QTensor of its shape, without outliers.
 
     Raises:
-      ValueError: the shapes differ, or the leaves are those of stacked layers.
+      ValueError: the shapes differ, the leaves are those of stacked layers, or there are outliers.
     """
     if w.shape != start.shape or len(start.tile) != w.ndim:
         raise ValueError(
             f"one weight and its QTensor are needed, got {w.shape} and {start.shape} in tiles of "
             f"{len(start.tile)} axes"
         )
+    if start.outliers is not None:
+        raise ValueError("weights that are held as they are, beside the codes, cannot be trained")
     start = qtensor.plain(start)
     near = qtensor.dequantize(start, w.dtype)
     w = jnp.where(jnp.isfinite(w), w, near)

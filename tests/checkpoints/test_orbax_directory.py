@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qjax import Recipe
+from qjax import Method, Recipe, calibrate, dequantize, nnx_layers, quantize_model
+from qjax.algorithms import llm_int8
 from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints.load import load
 from qjax_checkpoints.save import save
@@ -60,6 +61,51 @@ def test_a_quantized_embedding(write, assert_same_model):
     assert "model/embed_tokens" in quantized_layers(loaded)
     tokens = jnp.arange(9)[None]
     np.testing.assert_array_equal(forward(model, tokens), forward(loaded, tokens))
+
+
+@pytest.fixture
+def with_outliers(quantizable_llama) -> Decoder:
+    """Some inputs of some layers are held as they are."""
+    model = quantizable_llama.model
+    tokens = np.random.default_rng(0).integers(0, 97, (4, 32), dtype=np.int32)
+    observed = calibrate(model, [tokens], hessians=False)
+    method = Method(outliers=llm_int8.Options(threshold=1.5))
+    quantized, report = quantize_model(model, "w8a8", observed, method=method)
+    kept = {layer.outliers for layer in report.quantized}
+    assert 0 in kept and max(kept) > 0
+    return quantized
+
+
+def test_inputs_with_outliers(with_outliers, quantizable_llama, tmp_path, assert_same_model):
+    save(with_outliers, quantizable_llama, tmp_path / "out", "orbax")
+    loaded = load(tmp_path / "out").model
+    assert_same_model(with_outliers, loaded)
+    tokens = jnp.arange(9)[None]
+    np.testing.assert_array_equal(forward(with_outliers, tokens), forward(loaded, tokens))
+
+    path = tmp_path / "out" / "qjax.json"
+    description = json.loads(path.read_text())
+    entries = description["parameters"].items()
+    name, entry = next((n, e) for n, e in entries if "outliers" in e.get("leaves", {}))
+    columns = entry["leaves"].pop("columns")
+    path.write_text(json.dumps(description))
+    assert message(tmp_path / "out") == (
+        f"{path}: parameter {name}: its description is broken or incomplete"
+    )
+    entry["leaves"]["columns"] = columns | {"dtype": "float32"}
+    path.write_text(json.dumps(description))
+    assert f"{path}: parameter {name}: columns of outliers must be int32" in message(path.parent)
+
+
+def test_no_other_format_has_a_place_for_outliers(with_outliers, quantizable_llama, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        save(with_outliers, quantizable_llama, tmp_path / "out", "compressed-tensors")
+    assert str(caught.value).startswith("layer model.layers.")
+    assert "outliers" in str(caught.value) and "--format orbax" in str(caught.value)
+    save(with_outliers, quantizable_llama, tmp_path / "dense", "dense")
+    (name, q), *_ = [(n, q) for n, q in quantized_layers(with_outliers).items() if q.outliers is not None]  # fmt: skip
+    layer = dict(nnx_layers.quantizable_layers(load(tmp_path / "dense").model))[name]
+    np.testing.assert_array_equal(nnx_layers.weight_of(layer), dequantize(q))
 
 
 def test_a_plain_model(quantizable_llama, tmp_path, assert_same_model):

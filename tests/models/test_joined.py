@@ -15,6 +15,7 @@ from flax import nnx
 
 import qjax
 from qjax import QTensor, Recipe, dequantize, formats, qtensor, quantize_model
+from qjax.algorithms import llm_int8
 from qjax_models import Decoder, DecoderConfig, Generator, joined
 from qjax_models.joined import is_joined, join_projections
 from qjax_models.rope import rotation
@@ -132,6 +133,31 @@ def test_what_shares_a_scale_over_all_outputs_stays_apart(goldens, scheme):
     before = nnx.graphdef(model)
     join_projections(model)
     assert nnx.graphdef(model) == before and not is_joined(model)
+
+
+def test_layers_that_hold_the_same_inputs_as_they_are(goldens):
+    golden = goldens["qwen2"]
+    model = single_layer(golden)
+    observed = qjax.calibrate(model, [jnp.asarray(golden.tokens)], hessians=False)
+    method = qjax.Method(outliers=llm_int8.Options(threshold=1.0, capacity=0.25))
+    model, _ = quantize_model(model, "w8a8", observed, method=method)
+    apart = nnx.clone(model)
+    (block,) = model.model.layers
+    positions = jnp.arange(9)[None]
+    angles = rotation(golden.config.rope, golden.config.head_size, positions, 9)
+    x = jax.random.normal(jax.random.key(0), (2, 9, golden.config.hidden_size))
+    separate, expected = weights(block), outputs(block, x, angles, positions)
+    join_projections(model)
+    assert block.self_attn.fused and block.mlp.fused
+    assert block.self_attn.qkv_proj.kernel.get_value().columns.size > 0
+    jax.tree.map(np.testing.assert_array_equal, weights(block), separate)
+    assert_close(outputs(block, x, angles, positions), expected)
+
+    (block,) = apart.model.layers
+    q = block.self_attn.k_proj.kernel.get_value()
+    block.self_attn.k_proj.kernel.set_value(q.replaced(columns=q.columns.at[0].add(-1)))
+    join_projections(apart)
+    assert not block.self_attn.fused and block.mlp.fused
 
 
 def test_every_layer_is_decided_on_by_itself(goldens):

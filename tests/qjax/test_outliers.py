@@ -9,7 +9,7 @@ from flax import nnx
 
 import qjax
 from qjax import nnx_layers, ops, outliers, qtensor
-from qjax.algorithms import llm_int8
+from qjax.algorithms import learned_rounding, llm_int8
 from qjax.qtensor import QTensor
 from qjax.scheme import Scheme
 
@@ -149,6 +149,15 @@ def test_arranged_for_a_kernel_and_back(q):
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(q), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert ops.form(q) == "xla: int8 dot, then scales; 3 inputs in bfloat16"
+
+
+def test_what_has_no_place_for_outliers(rng, q):
+    with pytest.raises(ValueError, match="beside the codes, cannot be trained"):
+        learned_rounding.anchored(jnp.ones((256, 48)), q)
+    with pytest.raises(NotImplementedError, match="out_sharding with a QTensor"):
+        qjax.dot_general(jnp.ones((1, 256)), q, (((1,), (0,)), ((), ())), out_sharding=object())
+    with pytest.raises(ValueError, match="was quantized for products over its axes"):
+        qjax.dot_general(jnp.ones((1, 48)), q, (((1,), (1,)), ((), ())))
 
 
 def test_rows_of_a_table(rng):

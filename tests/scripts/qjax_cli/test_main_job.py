@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from qjax import quantize_model
 from qjax_checkpoints.load import load
@@ -76,6 +77,36 @@ def test_calibrated_methods(qjax, source, tokens, tmp_path, method, chain):
     assert all(layer["damping"] == pytest.approx(0.01) for layer in quantized)
     judged = qjax("eval", out, "--tokens", tokens, "--baseline", source, "--json")
     assert judged.status == 0 and 0 < judged.json["kl"] < 0.5
+
+
+def test_inputs_with_outliers_stay_in_16_bits(qjax, source, tokens, tmp_path):
+    """In a model whose norms make two of 64 inputs large, and whose weights make up for it."""
+    weights = safetensors.numpy.load_file(source / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith("layernorm.weight"):
+            weight[[3, 60]] = 64
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):  # fmt: skip
+            weight[:, [3, 60]] /= 256
+    safetensors.numpy.save_file(weights, source / "model.safetensors", {"format": "pt"})
+    calibration, out = tmp_path / "text.txt", tmp_path / "out"
+    calibration.write_text("the quick brown fox jumps over the lazy dog, again and again; " * 20)
+    done = qjax(
+        "quantize", source, out, "--scheme", "w8a8", "--method", "llm-int8", "--format", "orbax",
+        "--calib", calibration, "--seq-len", 64, "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    judged = qjax("eval", out, "--tokens", tokens, "--baseline", source, "--json")
+    assert judged.json["kl"] < 0.005
+    report = json.loads((out / "qjax_report.json").read_text())
+    seen = qjax("inspect", out, "--json").json["layers"]
+    for layer, held in zip(report["layers"], seen, strict=True):
+        assert (layer["path"], layer["bytes_after"]) == (held["path"], held["bytes"])
+        assert (layer["outliers"] or 0) == held["outliers"]
+        if layer["path"].endswith(("q_proj", "up_proj")):
+            assert held["outliers"] == 2
+            width = layer["shape"][1]
+            assert held["bytes"] == 64 * width + 2 * width + 2 * 2 * width + 2 * 4
+            assert held["runs_as"].endswith("; 2 inputs in bfloat16")
 
 
 @pytest.mark.one_version  # with both, two formats of directories are read by their own tests
