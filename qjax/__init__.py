@@ -2,6 +2,8 @@
 """qjax: quantize JAX/Flax models well, run them fast, take them to and from the Hugging Face world."""
 
 from qjax.algorithms.round_nearest import quantize as quantize
+from qjax.budget import Choice as Choice
+from qjax.budget import choose_schemes as choose_schemes
 from qjax.calibration import calibrate as calibrate
 from qjax.evaluation import Evaluation as Evaluation
 from qjax.evaluation import evaluate as evaluate

@@ -95,6 +95,25 @@ def computed(module: nnx.Module, run: Callable[[], Any], *, compute_dtype: Any) 
     return result[0]
 
 
+def layers_by_input(module: nnx.Module, run: Callable[[], Any]) -> tuple[tuple[str, ...], ...]:
+    """The layers of a model, those that are handed the same array together, in the order of their calls.
+
+    A layer that is called more than once goes by its first call; one that is never called is not there.
+
+    Args:
+      module: as for :func:`observe`.
+      run: calls the module.
+    """
+    seen: dict[int, tuple[Any, list[str]]] = {}
+    called: set[str] = set()
+    for path, layer in nnx_layers.quantizable_layers(module):
+        if not isinstance(layer, nnx.Embed):
+            hook = functools.partial(_note_input, path=path, seen=seen, called=called)
+            setattr(layer, "promote_dtype", hook)  # noqa: B010  Flax declares it with a type of its own
+    run()
+    return tuple(tuple(paths) for _, paths in seen.values() if paths)
+
+
 def merged(a: Observed | None, b: Observed) -> Observed:
     """What both saw of the same layers."""
     if a is None:
@@ -134,3 +153,20 @@ def _promote(
     if watch is not None:
         watch(args[0])
     return nnx_layers.promote(args, dtype=compute_dtype or dtype, inexact=inexact)
+
+
+def _note_input(
+    args: tuple[Any, ...],
+    *,
+    dtype: Any = None,
+    inexact: bool = True,
+    path: str,
+    seen: dict[int, tuple[Any, list[str]]],
+    called: set[str],
+) -> tuple[Any, ...]:
+    # The array is kept too, so that its id stays its own.
+    _, paths = seen.setdefault(id(args[0]), (args[0], []))
+    if path not in called:
+        called.add(path)
+        paths.append(path)
+    return nnx_layers.promote(args, dtype=dtype, inexact=inexact)

@@ -9,7 +9,7 @@ Where one weight follows and its input stays as it is, the same is read off the 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from qjax.qtensor import QTensor
 from qjax.scheme import Scheme
 from qjax.statistics import InputStatistics
 
+Model = TypeVar("Model", bound=nnx.Module)
 Rescaling = awq.Options | smoothquant.Options
 
 
@@ -190,6 +191,32 @@ def simulate(layer: nnx_layers.QuantizableLayer, q: QTensor) -> None:
     Blocks of plain values are one compiled program, whichever weights they hold.
     """
     if q.activations is None:
-        nnx_layers.variable_of(layer).set_value(qtensor.dequantize(q))
+        nnx_layers.variable_of(layer).set_value(_dequantized(q))
     else:
         nnx_layers.install(layer, q)
+
+
+_dequantized = jax.jit(qtensor.dequantize)  # one program, where each of its steps would be one
+
+
+def simulated(blank: Model, quantized: nnx.Module) -> Model:
+    """A plain model or block with the values of the quantized one, where only weights are quantized.
+
+    All that were alike before they were quantized are one compiled program then. Where products quantize
+    their activations, the QTensors themselves take the weights' places.
+
+    Args:
+      blank: as it was before; changed in place, and returned.
+      quantized: the same with QTensors in some layers.
+    """
+    ours, theirs = nnx_layers.named_variables(blank), nnx_layers.named_variables(quantized)
+    for path, variable in theirs.items():
+        value = variable.get_value()
+        if not isinstance(value, QTensor):
+            ours[path].set_value(value)
+    layers = dict(nnx_layers.quantizable_layers(quantized))
+    for path, layer in nnx_layers.quantizable_layers(blank):
+        q = nnx_layers.weight_of(layers[path])
+        if isinstance(q, QTensor):
+            simulate(layer, q)
+    return blank

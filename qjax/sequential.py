@@ -37,7 +37,6 @@ from qjax.method import Method
 from qjax.nnx_layers import QuantizableLayer
 from qjax.observation import Observed
 from qjax.post_training import copied
-from qjax.qtensor import QTensor
 from qjax.ranges import RangeSearch
 from qjax.report import LayerReport, QuantizationReport
 from qjax.scheme import Recipe
@@ -119,7 +118,7 @@ def quantize_sequentially(
         on_step(f"{block.path} quantized")
         if len(hidden) and block is not blockwise.blocks[-1]:
             storage.recall(block.path, block.module)
-            _advance(hidden, _simulated(blank, block.module), block, run)
+            _advance(hidden, rescaling.simulated(blank, block.module), block, run)
         del blank  # the only other holder of a block's weights
         storage.release(block.path, block.module)
         on_step(f"{block.path} passed")
@@ -334,25 +333,6 @@ def _check(known: dict[str, Inputs], method: Method) -> None:
                 f"{path}: {int(found.rows)} calibration tokens for {len(found.magnitude)} inputs; a "
                 f"Hessian of that many needs at least as many tokens, better ten times more"
             )
-
-
-def _simulated(blank: nnx.Module, quantized: nnx.Module) -> nnx.Module:
-    """A plain block with the values of the quantized one, where only weights are quantized.
-
-    All blocks are one compiled program then. Where products quantize their activations, the QTensors
-    themselves take the weights' places.
-    """
-    ours, theirs = nnx_layers.named_variables(blank), nnx_layers.named_variables(quantized)
-    for path, variable in theirs.items():
-        value = variable.get_value()
-        if not isinstance(value, QTensor):
-            ours[path].set_value(value)
-    layers = dict(nnx_layers.quantizable_layers(quantized))
-    for path, layer in nnx_layers.quantizable_layers(blank):
-        q = nnx_layers.weight_of(layers[path])
-        if isinstance(q, QTensor):
-            rescaling.simulate(layer, q)
-    return blank
 
 
 def _samples(hidden: Activations, most: int = 4096) -> Float[Array, "B T D"]:
