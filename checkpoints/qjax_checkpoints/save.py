@@ -13,9 +13,10 @@ from flax import nnx
 
 from qjax import QTensor, Recipe, dequantize
 from qjax.formats import device_bytes
+from qjax.nnx_layers import named_variables
 from qjax_checkpoints.atomic import check_space, check_writable, new_directory
 from qjax_checkpoints.checkpoint import Checkpoint
-from qjax_checkpoints.compressed_tensors.write import compressed
+from qjax_checkpoints.compressed_tensors.write import compressed, encoded
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import write_json
 from qjax_checkpoints.orbax_directory import write_orbax
@@ -114,6 +115,33 @@ def check_format(model: Decoder, recipe: Recipe, format: str) -> None:
     """
     if format == "compressed-tensors":
         compressed(outline(model, recipe))
+
+
+def written_bytes(model: Decoder, format: str) -> dict[str, int]:
+    """Returns the bytes of a model's tensors in a format, added up for each layer, by its path.
+
+    What a file says of its tensors comes on top.
+
+    Args:
+        model: quantized or not; shapes in place of arrays will do (`outline`).
+        format: `compressed-tensors` or `orbax`.
+
+    Raises:
+        ValueError: the format does not hold a layer (named).
+    """
+    if format == "orbax":
+        sizes = {
+            path: device_bytes(variable.get_value())
+            for path, variable in named_variables(model).items()
+        }
+    else:
+        tensors, _ = encoded(model)
+        sizes = {name.replace(".", "/"): tensor.nbytes for name, tensor in tensors.items()}
+    total: dict[str, int] = {}
+    for path, size in sizes.items():
+        layer = path.rpartition("/")[0]
+        total[layer] = total.get(layer, 0) + size
+    return total
 
 
 def plain_config(model: Decoder, config: Mapping[str, Any]) -> dict[str, Any]:

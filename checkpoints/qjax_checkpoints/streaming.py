@@ -11,7 +11,7 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Int
 
 import qjax
+from qjax.budget import Choice
 from qjax.method import Method
 from qjax.nnx_layers import named_variables
 from qjax.report import LayerReport, QuantizationReport
@@ -53,11 +54,20 @@ class StreamedStorage(Storage):
     Args:
         source: the model as it was, plain.
         run: where its output grows, its files laid out.
+        recipe: how its layers are going to be held.
+        choice: why so, where a budget decided.
+
+    Attributes:
+        recipe: as given.
+        choice: as given.
     """
 
-    def __init__(self, source: ModelDirectory, run: UnfinishedRun):
+    def __init__(
+        self, source: ModelDirectory, run: UnfinishedRun, recipe: Recipe, choice: Choice | None
+    ):
         self._source = source
         self._run = run
+        self.recipe, self.choice = recipe, choice
         self._output = open_directory(run.model)
         quantization = self._output.config["quantization_config"]
         self._config = read_config(quantization, str(run.model))
@@ -118,7 +128,7 @@ class StreamedStorage(Storage):
 @contextlib.contextmanager
 def streamed_output(
     source: ModelDirectory,
-    recipe: Recipe,
+    recipe: Recipe | Callable[[], Choice],
     out: Path,
     identity: Mapping[str, str],
     *,
@@ -129,7 +139,8 @@ def streamed_output(
 
     Args:
         source: an open directory of plain tensors.
-        recipe: how its layers are going to be held.
+        recipe: how its layers are going to be held; or what chooses that, which is called when the run is
+            ours and has not chosen yet.
         out: the compressed-tensors directory to make; it must not exist.
         identity: what decides the result, as `identify` says it.
         resume: whether to go on with the unfinished run of the same identity, if there is one.
@@ -140,9 +151,13 @@ def streamed_output(
             does not hold a layer (named); the disk is too small.
     """
     model = abstract_plain(source)
-    tensors, quantization = compressed(outline(model, recipe))
     with unfinished_run(out, identity, resume=resume) as run:
+        choice = None
+        if not isinstance(recipe, Recipe):
+            choice = _choice(run, recipe)
+            recipe = choice.recipe
         if not run.has_finished_parts:
+            tensors, quantization = compressed(outline(model, recipe))
             check_values(source, hf_tensors(model))  # now, not when their turn has come
             check_space(out, sum(tensor.nbytes for tensor in tensors.values()))
             copy_companions(source.path, run.model)
@@ -150,18 +165,40 @@ def streamed_output(
             write_json(run.model / CONFIG_FILE, config)
             lay_out_weights(run.model, tensors, shard_bytes=shard_bytes)
             flush(run.model)
-        yield StreamedStorage(source, run)
+        yield StreamedStorage(source, run, recipe, choice)
+
+
+def _choice(run: UnfinishedRun, choose: Callable[[], Choice]) -> Choice:
+    """What a run's finished parts were chosen to be, or what is chosen for it now."""
+    kept = run.choice() if run.has_finished_parts else None
+    if kept is not None:
+        return Choice.from_json(kept)
+    choice = choose()
+    run.choose(choice.as_json())
+    return choice
 
 
 def identify(
-    source: ModelDirectory, recipe: Recipe, method: Method, tokens: Int[np.ndarray, "n length"]
+    source: ModelDirectory,
+    recipe: Recipe | str,
+    method: Method,
+    tokens: Int[np.ndarray, "n length"],
 ) -> dict[str, str]:
-    """Returns in words all that decides the bytes of an output, each under what it is called."""
-    rules = [[rule.pattern, rule.scheme.name if rule.scheme else None] for rule in recipe.rules]
+    """Returns in words all that decides the bytes of an output, each under what it is called.
+
+    Args:
+        source: the model.
+        recipe: how its layers are going to be held, or by what that is going to be chosen.
+        method: how weights are rounded.
+        tokens: what is calibrated on, and measured for a choice.
+    """
+    if isinstance(recipe, Recipe):
+        rules = [[rule.pattern, rule.scheme.name if rule.scheme else None] for rule in recipe.rules]
+        recipe = json.dumps(rules)
     windows, length = tokens.shape
     return {
         "source": _fingerprint(source),
-        "recipe": json.dumps(rules),
+        "recipe": recipe,
         "method": method.name,
         "exact method": repr(method),
         "calibration": f"{windows} windows of {length} tokens ({_hash(tokens.tobytes())})",

@@ -4,6 +4,7 @@
     .OUT.partial/
       lock            held by the process at work; the system lets go of it when that ends
       run.json        what decides the result: a run in which it differs does not go on with this one
+      choice.json     the schemes that a budget's measurements chose; not there without a budget
       model/          what becomes OUT, in one step, when it is whole
       finished/       a file for each finished part, written when its tensors are on the disk
 
@@ -22,7 +23,8 @@ from typing import IO, Any
 from qjax_checkpoints.atomic import check_writable, disk_full_reason, flush, flush_directory
 from qjax_checkpoints.json_file import read_json, write_json
 
-_LOCK, _RUN, _MODEL, _FINISHED = "lock", "run.json", "model", "finished"
+_LOCK, _RUN, _CHOICE = "lock", "run.json", "choice.json"
+_MODEL, _FINISHED = "model", "finished"
 
 
 def partial_path(out: Path) -> Path:
@@ -65,6 +67,19 @@ class UnfinishedRun:
         """Notes that a part is finished; everything of it must be on the disk."""
         _write_durably(self._note(part), note)
 
+    def choice(self) -> dict[str, Any] | None:
+        """Returns what was chosen for the finished parts; None: nothing was.
+
+        Raises:
+            ValueError: the note is broken.
+        """
+        path = self.folder / _CHOICE
+        return read_json(path) if path.exists() else None
+
+    def choose(self, choice: dict[str, Any]) -> None:
+        """Notes what is chosen for all parts, before the first of them is finished."""
+        _write_durably(self.folder / _CHOICE, choice)
+
     def _note(self, part: str) -> Path:
         return self._finished / f"{part}.json"
 
@@ -73,6 +88,7 @@ class UnfinishedRun:
         for path in (self._finished, self.model):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
+        (self.folder / _CHOICE).unlink(missing_ok=True)
         _write_durably(self.folder / _RUN, dict(identity))
 
     def difference(self, identity: Mapping[str, str]) -> str | None:

@@ -3,6 +3,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 
@@ -48,3 +49,23 @@ def number(
         return value
 
     return parse
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}B": base**power
+    for suffix, base in (("", 1000), ("i", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+
+
+def size(text: str) -> int:
+    """A number of bytes, with or without a unit: kB, MB, GB and TB, or KiB, MiB, GiB and TiB.
+
+    >>> size("4GB"), size("1.5 MiB")
+    (4000000000, 1572864)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    units = {name.lower(): factor for name, factor in _UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise argparse.ArgumentTypeError(f"must be a size such as 4GB or 3.5GiB, not {text!r}")
+    return int(float(found[1]) * units[found[2].lower()])

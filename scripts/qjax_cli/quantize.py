@@ -6,6 +6,13 @@ stay as they are unless a recipe names them. A recipe is a JSON file: [["path re
 ...]; the first rule that matches a layer's whole path decides. A rule names an embedding or a head if it
 would not match a layer of another name in its place: ".*lm_head" does, ".*" does not.
 
+A budget leaves the choice to the model: --bits 4.5, the mean over all layers that --scheme would reach,
+scales included, or --size 4GB, all weights of OUT. Each layer alone is held in each of the candidates,
+and how far the output moves from the model's own on the text (KL) is measured; then those are chosen that
+fit and add up to least. Queries, keys and values go together, gate and up too. It is measured with the
+method's rounding, but for what is done to blocks as wholes, and with the whole model in memory. The
+choice and the losses that it was made by are told, and stand in the report.
+
 Methods but rtn look at what the layers multiply on some text that the model is to be good at: --calib
 takes text files, or token windows as a .npy file. They go through the model block by block, each
 calibrated on what the quantized ones before it make of the text.
@@ -17,20 +24,24 @@ same command with --resume goes on: OUT is the same then, byte by byte, but for 
 
 Example:
   qjax quantize ./Llama-3.2-1B ./Llama-3.2-1B-w4 --scheme w4a16-g128 --method gptq --calib book.txt
+  qjax quantize ./Llama-3.2-1B ./Llama-3.2-1B-4.5 --bits 4.5 --method gptq --calib book.txt
   qjax quantize ./Llama-3.1-70B ./Llama-3.1-70B-w4 --scheme w4a16-g128 --method gptq --calib book.txt \
       --spill /scratch --resume
 """
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 import qjax
 from qjax import method
+from qjax.budget import CANDIDATES
 from qjax.report import QuantizationReport
 from qjax.scheme import SUPPORTED
 from qjax.storage import Storage
@@ -40,11 +51,14 @@ from qjax_checkpoints.directory import ModelDirectory
 from qjax_checkpoints.load import load, open_plain
 from qjax_checkpoints.parameters import abstract_plain
 from qjax_checkpoints.save import check_format, save
-from qjax_cli import text
+from qjax_cli import budget, text
 from qjax_cli.arguments import whole_number
 from qjax_cli.console import Console
 from qjax_cli.text import read_text
 from qjax_models import Decoder, DecoderConfig, blockwise
+
+# How layers are going to be held: the rules, or the words of a budget that will choose them.
+Plan = qjax.Recipe | str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--scheme", type=_scheme, help=f"for all layers: {SUPPORTED}")
     how.add_argument("--recipe", metavar="FILE", type=Path, help="JSON rules, see above")
+    budget.add_arguments(how)
+    parser.add_argument(
+        "--candidates",
+        metavar="SCHEME",
+        type=_scheme,
+        nargs="+",
+        help=f"what a budget chooses among, beside leaving a layer as it is ({' '.join(CANDIDATES)})",
+    )
     parser.add_argument(
         "--method",
         choices=method.names(),
@@ -107,19 +129,19 @@ def run(args: argparse.Namespace, console: Console) -> None:
     """Loads, quantizes, writes, reports."""
     if not args.resume:
         check_writable(args.output)
-    recipe = _recipe(args)
-    how = _method(args, recipe)
+    plan = budget.words(args) or _recipe(args)
+    how = _method(args, plan)
     start = time.perf_counter()
     source = open_plain(args.source) if args.format == "compressed-tensors" else None
     if source is not None:
-        report = _streamed(args, source, recipe, how, console)
+        report = _streamed(args, source, plan, how, console)
     elif args.resume:
         raise ValueError(
             f"--resume goes from plain Hugging Face weights to --format compressed-tensors; "
             f"{args.source} to {args.format} is done in one piece"
         )
     else:
-        report = _in_memory(args, recipe, how, console)
+        report = _in_memory(args, plan, how, console)
     for line in report.warnings():
         console.note(line)
     values = {"output": str(args.output), **report.as_json()["totals"]}
@@ -130,22 +152,26 @@ def run(args: argparse.Namespace, console: Console) -> None:
 def _streamed(
     args: argparse.Namespace,
     source: ModelDirectory,
-    recipe: qjax.Recipe,
+    plan: Plan,
     how: qjax.Method,
     console: Console,
 ) -> QuantizationReport:
     """Part by part, from directory to directory."""
     model = abstract_plain(source)
-    tokens = _tokens(args, model.config, how)
-    identity = streaming.identify(source, recipe, how, tokens)
+    tokens = _tokens(args, model.config)
+    identity = streaming.identify(source, plan, how, tokens)
     if args.resume and (report := streaming.completed(args.output, identity)):
         return report
+    choose = functools.partial(budget.choose, args, model, tokens, how, console)
+    recipe = choose if isinstance(plan, str) else plan
     with streaming.streamed_output(
         source, recipe, args.output, identity, resume=args.resume
     ) as storage:
+        if storage.choice is not None:
+            console.note(budget.shown(storage.choice))
         try:
-            report = _quantized(args, model, tokens, recipe, how, console, storage)[1]
-            storage.complete(report.as_json() | {"run": identity})
+            report = _quantized(args, model, tokens, storage.recipe, how, console, storage)[1]
+            storage.complete(_as_json(report, storage.choice) | {"run": identity})
         except BaseException:
             if storage.has_finished_parts:
                 console.note("what is finished stays; the same command with --resume goes on")
@@ -154,17 +180,27 @@ def _streamed(
 
 
 def _in_memory(
-    args: argparse.Namespace, recipe: qjax.Recipe, how: qjax.Method, console: Console
+    args: argparse.Namespace, plan: Plan, how: qjax.Method, console: Console
 ) -> QuantizationReport:
     """The whole model, written at the end: what a streamed output cannot be read from or written to."""
     source = load(args.source)
     for line in source.notes:
         console.note(line)
-    check_format(source.model, recipe, args.format)
-    tokens = _tokens(args, source.model.config, how)
-    model, report = _quantized(args, source.model, tokens, recipe, how, console)
-    save(model, source, args.output, args.format, report.as_json())
+    tokens = _tokens(args, source.model.config)
+    choice = None
+    if isinstance(plan, str):
+        choice = budget.choose(args, source.model, tokens, how, console)
+        console.note(budget.shown(choice))
+        plan = choice.recipe
+    check_format(source.model, plan, args.format)
+    model, report = _quantized(args, source.model, tokens, plan, how, console)
+    save(model, source, args.output, args.format, _as_json(report, choice))
     return report
+
+
+def _as_json(report: QuantizationReport, choice: qjax.Choice | None) -> dict[str, Any]:
+    """The report as it is written, with the reasons for its schemes where a budget chose them."""
+    return report.as_json() | ({} if choice is None else {"choice": choice.as_json()})
 
 
 def _quantized(
@@ -192,11 +228,9 @@ def _quantized(
         )
 
 
-def _tokens(
-    args: argparse.Namespace, config: DecoderConfig, how: qjax.Method
-) -> Int[np.ndarray, "n length"]:
-    """The calibration windows; of a method that looks at none, none."""
-    if not how.calibrated:
+def _tokens(args: argparse.Namespace, config: DecoderConfig) -> Int[np.ndarray, "n length"]:
+    """The calibration windows; none where nothing looks at any."""
+    if not args.calib:
         return np.zeros((0, 1), np.int32)
     tokens = text.calibration_windows(
         args.calib, args.source, config.vocab_size, samples=args.samples, length=args.seq_len
@@ -209,14 +243,16 @@ def _tokens(
     return tokens
 
 
-def _method(args: argparse.Namespace, recipe: qjax.Recipe) -> qjax.Method:
-    """The method that the arguments name.
+def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
+    """The method that the arguments name, for a recipe or for whatever a budget will choose.
 
     Raises:
       ValueError: it is not for a scheme of the recipe, or the format does not hold what it makes; it
         needs calibration and has no data, or has some that it does not look at.
     """
     search = qjax.RangeSearch(method=args.range) if args.range else None
+    # Candidates are of weights alone: one stands for all.
+    recipe = qjax.Recipe.uniform(budget.candidates(args)[0]) if isinstance(plan, str) else plan
     how = qjax.Method.parse(args.method, search, recipe)
     how.check(recipe)
     if how.outliers is not None and args.format == "compressed-tensors":
@@ -229,7 +265,7 @@ def _method(args: argparse.Namespace, recipe: qjax.Recipe) -> qjax.Method:
             f"--method {how.name}{' with --range output' if how.name == 'rtn' else ''} looks at what "
             "the layers multiply: give text or tokens, --calib FILE"
         )
-    if args.calib and not how.calibrated:
+    if args.calib and not how.calibrated and isinstance(plan, qjax.Recipe):
         raise ValueError(
             f"--method {how.name} looks at no data: leave out --calib, or take "
             f"{', '.join(name for name in method.names() if name != how.name)}"

@@ -160,8 +160,21 @@ def test_microscaling_logits_agree_in_bfloat16(pretrained, tmp_path, scheme):
     assert relative(theirs, ours) < relative(ours, plain)
 
 
-def test_mixed_precision_loads_there(pretrained, tmp_path):
-    rules = [[".*down_proj", "w8a16-channel"], [".*q_proj", None], [".*", "w4a16-g32-asym"]]
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [[".*down_proj", "w8a16-channel"], [".*q_proj", None], [".*", "w4a16-g32-asym"]],
+        # As a budget chooses: bits and groups of every kind, and layers left as they are.
+        [
+            [".*/0/self_attn/(q|k|v)_proj", "w2a16-g32"],
+            [".*/1/self_attn/(q|k|v)_proj", "w8a16-g32"],
+            [".*/0/mlp/(gate|up)_proj", None],
+            [".*o_proj", "w4a16-g64"],
+            [".*", "w4a16-g32"],
+        ],
+    ],
+)
+def test_mixed_precision_loads_there(pretrained, tmp_path, rules):
     theirs, ours, _ = quantized_pair(
         pretrained(), tmp_path / "out", Recipe.from_json(rules), jnp.float32
     )

@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+from flax import nnx
 
-from qjax import QTensor, dequantize, quantize_model
+from qjax import QTensor, Recipe, dequantize, quantize_model
+from qjax.qtensor import device_bytes
 from qjax_checkpoints import shards
 from qjax_checkpoints.load import load
+from qjax_checkpoints.outline import outline
 from qjax_checkpoints.parameters import stored_values
-from qjax_checkpoints.save import save
+from qjax_checkpoints.save import save, written_bytes
 from qjax_models import join_projections
 
 FORMATS = ["compressed-tensors", "orbax", "dense"]
@@ -52,6 +56,25 @@ def test_everything_goes_along(quantizable_llama, quantized, tmp_path, format):
     np.testing.assert_array_equal(
         load(out).model(jnp.arange(9)[None]), quantized(jnp.arange(9)[None])
     )
+
+
+def test_the_bytes_of_each_layer_are_known_before_they_are_written(
+    quantizable_llama, quantized, tmp_path
+):
+    save(quantized, quantizable_llama, tmp_path / "out", "compressed-tensors")
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    recipe = Recipe.uniform("w4a16-g16")
+    held = written_bytes(outline(quantizable_llama.model, recipe), "compressed-tensors")
+    assert sum(held.values()) == sum(tensor.nbytes for tensor in tensors.values())
+    parts = [
+        tensor.nbytes
+        for name, tensor in tensors.items()
+        if name.startswith("model.layers.1.mlp.up_proj.")
+    ]
+    assert held["model/layers/1/mlp/up_proj"] == sum(parts) and len(parts) == 3
+    in_orbax = written_bytes(outline(quantizable_llama.model, recipe), "orbax")
+    assert in_orbax["model/layers/1/mlp/up_proj"] == sum(parts) - 16  # which says no shape twice
+    assert sum(in_orbax.values()) == device_bytes(nnx.state(quantized))
 
 
 @pytest.mark.parametrize("format", FORMATS)
