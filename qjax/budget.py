@@ -18,9 +18,9 @@ from jaxtyping import Int
 
 from qjax import evaluation, sensitivity
 from qjax.algorithms import multiple_choice_knapsack
+from qjax.formats import device_bytes
 from qjax.method import Method
 from qjax.observation import Observed
-from qjax.qtensor import device_bytes
 from qjax.scheme import Recipe, Scheme
 from qjax.sensitivity import LayerGroup
 

@@ -21,10 +21,11 @@ from jaxtyping import Float, Int
 
 from qjax import assignment, evaluation, nnx_layers, observation, rescaling
 from qjax.algorithms import round_nearest
+from qjax.formats import device_bytes
 from qjax.method import Method
 from qjax.observation import Observed
 from qjax.post_training import copied, quantize_model
-from qjax.qtensor import QTensor, device_bytes
+from qjax.qtensor import QTensor
 from qjax.scheme import Recipe, Rule, Scheme
 
 
