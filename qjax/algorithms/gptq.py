@@ -47,7 +47,8 @@ from qjax.ranges import Grid, RangeSearch
 from qjax.scheme import Scheme
 
 BLOCK = 128
-_STRIP = 8  # inputs of a block that are one program
+# Inputs of a block that are one program, by platform; elsewhere each is by itself, which compiles faster.
+_STRIPS = {"gpu": 8}
 _MOST_DAMPING = 1e4  # a multiple of the identity by then: plain rounding, of a Hessian of garbage
 
 Order = Literal["as-is", "by-activity", "by-group"]
@@ -360,9 +361,10 @@ def _one_block(
 ) -> tuple[Shaped[Array, "b n"], Float[Array, "b n"]]:
     """The codes of a block's inputs, and the errors that later inputs are to make up for.
 
-    As a block is to the whole, a strip of few inputs is to a block: a GPU makes one program of it.
+    As a block is to the whole, a strip of few inputs is to a block: on a GPU, which takes longer to
+    launch a program than to run it here, several inputs become one.
     """
-    strip = math.gcd(len(rows), _STRIP)
+    strip = math.gcd(len(rows), _STRIPS.get(jax.default_backend(), 1))
 
     def one_strip(i: Int[Array, ""], state):
         rows, codes, errors = state

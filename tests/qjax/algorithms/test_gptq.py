@@ -3,6 +3,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,8 +95,11 @@ def test_codes_are_those_of_the_papers_loop(bits, kind, symmetric, options, code
     assert_same(codes_of(q), paper_loop(w, hessian, scheme, chosen))
 
 
+@pytest.mark.parametrize("strip", [1, 8])
 @pytest.mark.parametrize("k", [2, 127, 128, 129, 300])
-def test_blocks_do_not_show(k, codes_of):
+def test_blocks_and_strips_do_not_show(k, strip, codes_of, monkeypatch):
+    jax.clear_caches()  # of another strip
+    monkeypatch.setattr(gptq, "_STRIPS", {"cpu": strip})
     x, w = inputs(k, 400), np.random.default_rng(2).standard_normal((k, 16)).astype(np.float32)
     scheme, options = Scheme.parse("w4a16-channel"), gptq.Options()
     factor = gptq.factor(jnp.asarray(x.T @ x), options)
