@@ -56,6 +56,29 @@ class Fold:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Where a model meets its residual stream, for those who rotate it.
+
+    All that reads the stream reads it through a norm of its root mean square, which a rotation leaves as
+    it is once the norm's factors have moved into the layers behind it; all that is added to it is the
+    output of a layer.
+
+    Attributes:
+      table: path of the table whose rows begin the stream.
+      head: the norm that ends it and the layers behind that, by their paths in the model.
+      readers: the norms inside a block and the layers behind them.
+      writers: paths in a block of the layers whose outputs are added to the stream.
+      values: the fold of the values in a block, whose heads can be rotated too; None: there is none.
+    """
+
+    table: str
+    head: Fold
+    readers: tuple[Fold, ...]
+    writers: tuple[str, ...]
+    values: Fold | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """One link of the chain.
 
@@ -80,6 +103,7 @@ class Blockwise:
       blocks: in the order in which they run.
       enter: from tokens to what the first block takes.
       entrance: paths of the modules whose weights ``enter`` reads.
+      stream: where all this meets the residual stream; None: no rotation passes through the model.
       apply: runs a block: ``apply(module, x, context)``. A function of a module file, not a closure, so
         that blocks of one structure are compiled once.
     """
@@ -88,3 +112,4 @@ class Blockwise:
     enter: Callable[[Int[Array, "B T"]], Float[Array, "B T D"]]
     apply: Callable[[Any, Float[Array, "B T D"], Any], Float[Array, "B T D"]]
     entrance: tuple[str, ...] = ()
+    stream: Stream | None = None

@@ -64,9 +64,18 @@ def _divide(producer: nnx.Module, where: Fold, scale: Float[Array, " c"]) -> Non
             bias = producer.bias.get_value()
             producer.bias.set_value(bias.at[outputs].set(_scaled(bias[outputs], 1 / scale)))
         return
-    variable = _norm_weight(producer)
-    factor = where.offset + variable.get_value().astype(jnp.float32)
-    variable.set_value((factor / scale - where.offset).astype(variable.get_value().dtype))
+    set_norm_factors(producer, where, norm_factors(producer, where) / scale)
+
+
+def norm_factors(norm: nnx.Module, where: Fold) -> Float[Array, " c"]:
+    """What a norm multiplies its channels by, in float32."""
+    return where.offset + _norm_weight(norm).get_value().astype(jnp.float32)
+
+
+def set_norm_factors(norm: nnx.Module, where: Fold, factors: Float[Array, " c"]) -> None:
+    """Lets a norm multiply its channels by other factors."""
+    variable = _norm_weight(norm)
+    variable.set_value((factors - where.offset).astype(variable.get_value().dtype))
 
 
 def _norm_weight(norm: nnx.Module) -> nnx.Variable:

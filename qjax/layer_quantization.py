@@ -107,7 +107,7 @@ def _quantize(
     return LayerReport(
         path=path,
         scheme=scheme.name,
-        method=method.name if inputs is not None or not method.calibrated else "rtn",
+        method=(method.without_inputs if inputs is None else method).name,
         shape=tuple(w.shape),
         relative_output_error=error,
         bytes_before=w.nbytes,

@@ -28,8 +28,8 @@ from qjax import (
     observation,
     reconstruction,
     rescaling,
+    rotating,
 )
-from qjax.algorithms import learned_rounding
 from qjax.assignment import Assignment
 from qjax.blockwise import Block, Blockwise
 from qjax.layer_quantization import Inputs
@@ -41,7 +41,7 @@ from qjax.ranges import RangeSearch
 from qjax.report import LayerReport, QuantizationReport
 from qjax.scheme import Recipe
 from qjax.spilled import SpilledArrays
-from qjax.storage import Storage
+from qjax.storage import Originals, Storage
 
 Model = TypeVar("Model", bound=nnx.Module)
 Activations = list[Array] | SpilledArrays  # the batches between two blocks
@@ -84,7 +84,8 @@ def quantize_sequentially(
 
     Raises:
       ValueError: as :func:`qjax.quantize_model` does; or a layer has more inputs than there are
-        calibration tokens, activations that are not finite, or too few windows to learn from.
+        calibration tokens, activations that are not finite, too few windows to learn from, or a model
+        that no rotation passes through.
     """
     recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
     method = Method.parse(method, search, recipe) if isinstance(method, str) else method
@@ -94,16 +95,22 @@ def quantize_sequentially(
             f"{method.name} holds some calibration windows out to see what is learned: it needs "
             f"{reconstruction.LEAST_WINDOWS} or more, got {len(tokens)}; shorter windows are more"
         )
-    storage = Storage() if storage is None else storage
     result = copied(model)
     assigned = assignment.assign(result, recipe)
     blockwise = chain(result, tokens.shape[1])
+    modules = folding.modules_of(result)
+    rotated = None
+    if method.rotated is not None:
+        storage = rotated = rotating.RotatedStorage(
+            Originals(model) if storage is None else storage, result, blockwise, method.rotated
+        )
+    storage = Storage() if storage is None else storage
     run = functools.partial(_run, apply=blockwise.apply, compute_dtype=_compute_dtype())
     hidden, unquantized = (SpilledArrays(spill) if spill else [] for _ in range(2))
     if method.calibrated and any(storage.finished(b.path) is None for b in blockwise.blocks):
         batches = np.array_split(tokens, range(batch_size, len(tokens), batch_size))
         for wanted in (hidden, unquantized) if method.learned else (hidden,):
-            _enter(wanted, batches, blockwise, storage, folding.modules_of(result))
+            _enter(wanted, batches, blockwise, storage, modules)
     done: dict[str, LayerReport] = {}
     for block in blockwise.blocks:
         blank = copied(block.module)
@@ -125,6 +132,8 @@ def quantize_sequentially(
     for path, layer in assigned.layers.items():
         if path not in done:
             done[path] = _outside_the_blocks(path, layer, assigned, method, storage)
+    if rotated is not None:
+        _pass_on(rotated.norm, modules[rotated.norm], rotated)
     return result, QuantizationReport(
         layers=tuple(done[path] for path in assigned.layers),
         unmatched_rules=assigned.unmatched_rules,
@@ -253,7 +262,7 @@ def _quantize_block(
     }
     if method.learned is not None and wanted:
         reports |= _learn(
-            was, block.module, reports, known, method.learned,
+            was, block.module, reports, known, method,
             inputs=list(hidden), targets=list(targets), apply=blockwise.apply,
         )  # fmt: skip
     return tuple(reports.values())
@@ -264,7 +273,7 @@ def _learn(
     quantized: nnx.Module,
     reports: dict[str, LayerReport],
     known: dict[str, Inputs],
-    options: learned_rounding.Options,
+    method: Method,
     *,
     inputs: Sequence[Array],
     targets: Sequence[Array],
@@ -277,17 +286,24 @@ def _learn(
       quantized: the block now.
       reports: of its layers.
       known: what they multiply.
-      options: how to train.
+      method: whose last link says how to train.
       inputs: what reaches the block.
       targets: what it should give.
       apply: runs a block.
     """
     start = time.perf_counter()
+    assert method.learned is not None
     held = nnx_layers.quantized_layers(quantized)
     # A layer that shares another's weight changes with it.
     own = {path: q for path, q in held.items() if not reports[f"{was.path}/{path}"].reason}
     learned = reconstruction.reconstruct(
-        was, own, inputs, targets, apply=apply, options=options, compute_dtype=_compute_dtype()
+        was,
+        own,
+        inputs,
+        targets,
+        apply=apply,
+        options=method.learned,
+        compute_dtype=_compute_dtype(),
     )
     layers = dict(nnx_layers.quantizable_layers(quantized))
     before = dict(nnx_layers.quantizable_layers(was.module))
@@ -298,10 +314,9 @@ def _learn(
         error, _ = layer_quantization.compared(
             nnx_layers.weight_of(before[path]), q, known.get(name)
         )
-        # A layer that nothing was known of was rounded to nearest.
-        method = "learned" if reports[name].method == "rtn" else reports[name].method
+        links = method if name in known else replace(method.without_inputs, learned=method.learned)
         reports[name] = replace(
-            reports[name], method=method, relative_output_error=error,
+            reports[name], method=links.name, relative_output_error=error,
             seconds=reports[name].seconds + seconds,
         )  # fmt: skip
     return reports
@@ -318,6 +333,14 @@ def _outside_the_blocks(
         storage.release(path, layer)
     (report,) = reports
     return report
+
+
+def _pass_on(path: str, module: nnx.Module, storage: Storage) -> None:
+    """Takes a part that is no layer from where it comes to where it goes."""
+    if storage.finished(path) is None:
+        storage.load(path, module)
+        storage.keep(path, module, ())
+        storage.release(path, module)
 
 
 def _check(known: dict[str, Inputs], method: Method) -> None:

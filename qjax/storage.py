@@ -11,6 +11,7 @@ kept a moment ago or before the process was killed.
 
 from flax import nnx
 
+from qjax.nnx_layers import named_variables
 from qjax.report import LayerReport
 
 
@@ -36,3 +37,19 @@ class Storage:
 
     def release(self, path: str, module: nnx.Module) -> None:
         """Lets the arrays of a part go: what was not kept is forgotten."""
+
+
+class Originals(Storage):
+    """A model in memory that stays as it was while a copy of it is worked on.
+
+    Args:
+      model: the original. Its arrays are shared with the copy until that has others.
+    """
+
+    def __init__(self, model: nnx.Module):
+        self._variables = named_variables(model)
+
+    def load(self, path: str, module: nnx.Module) -> None:
+        """Brings the weights of a part as they are in the original."""
+        for name, variable in named_variables(module, f"{path}/").items():
+            variable.set_value(self._variables[name].get_value())

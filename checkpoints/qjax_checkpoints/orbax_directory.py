@@ -2,7 +2,8 @@
 """qjax's own directory: arrays by Orbax, and beside them what arrays cannot say.
 
     config.json, tokenizer.json, ...    as in the directory that the model came from
-    qjax.json                           format version; shapes, dtypes, each QTensor's static part
+    qjax.json                           format version; shapes, dtypes, each QTensor's static part;
+                                        whether inputs are turned online, which config.json cannot say
     arrays/                             the Orbax checkpoint: parameter path -> array, or -> codes,
                                         scale, zero, tensor_scale, columns and outliers of a QTensor
 
@@ -56,6 +57,7 @@ def write_orbax(folder: Path, model: Decoder) -> None:
         "version": _VERSION,
         # What activations are computed in; the parameters' own dtypes stand with them.
         "dtype": str(np.dtype(model.model.activations)),
+        "online_hadamard": model.config.online_hadamard,
         "parameters": parameters,
     }
     # In a thread of its own Orbax does not see an interrupt: seeing one, it would leave threads that
@@ -87,6 +89,7 @@ def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, 
     description = _read_description(path / DESCRIPTION_FILE)
     config = read_json(path / CONFIG_FILE)
     shape = read_decoder_config(config, where=path)
+    shape = dataclasses.replace(shape, online_hadamard=description.get("online_hadamard", False))
     model = Decoder.abstract(shape, description["dtype"] if dtype is None else dtype)
     parameters = description["parameters"]
     variables = named_variables(model)
@@ -174,6 +177,8 @@ def _read_description(path: Path) -> dict[str, Any]:
     parameters = description.get("parameters")
     if not isinstance(parameters, dict) or not _is_dtype(description.get("dtype")):
         raise ValueError(f"{path}: needs dtype and parameters")
+    if not isinstance(description.get("online_hadamard", False), bool):
+        raise ValueError(f"{path}: online_hadamard must be true or false")
     for name, entry in parameters.items():
         if not _is_described(entry):
             raise ValueError(f"{path}: parameter {name}: its description is broken or incomplete")

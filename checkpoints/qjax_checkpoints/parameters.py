@@ -26,7 +26,7 @@ from qjax_models import Decoder, DecoderConfig, config_from_hf
 from qjax_models.names import Layout, hf_tensors
 
 _TOKEN_TABLE = "model.embed_tokens.weight"
-_TIED_HEAD = "lm_head.weight"
+_HEAD = "lm_head.weight"
 # Buffers that older releases saved; they follow from the configuration.
 _DERIVED = ".rotary_emb.inv_freq"
 
@@ -109,10 +109,16 @@ def fill(
         ValueError: NaN.
     """
     for name, (path, layout) in wanted.items():
+        name = stored_name(directory, name)
         array = _on_device(directory.tensor(name), layout, dtype)
         check_numbers(array, f"{directory.path}: tensor {name}")
         variables[path].set_value(array)
         directory.release(name)
+
+
+def stored_name(directory: ModelDirectory, name: str) -> str:
+    """Returns the name of the tensor that a parameter is read from: a head that is tied is the table."""
+    return _TOKEN_TABLE if name == _HEAD and name not in directory else name
 
 
 def check_values(directory: ModelDirectory, names: Iterable[str]) -> None:
@@ -226,9 +232,9 @@ def _check_names(
             f"{directory.path}: {len(missing)} tensors are missing: {_listed(missing)}"
         )
     extra = [name for name in names if name not in wanted and not name.endswith(_DERIVED)]
-    if _TIED_HEAD in extra:
+    if _HEAD in extra:
         _check_tied_head(directory)
-        extra.remove(_TIED_HEAD)
+        extra.remove(_HEAD)
     if extra:
         raise ValueError(
             f"{directory.path}: {len(extra)} tensors are not part of the model that config.json "
@@ -238,14 +244,14 @@ def _check_names(
 
 def _check_tied_head(directory: ModelDirectory) -> None:
     """Checks that an output head stored although it is tied is the token table."""
-    head, table = directory.tensor(_TIED_HEAD), directory.tensor(_TOKEN_TABLE)
+    head, table = directory.tensor(_HEAD), directory.tensor(_TOKEN_TABLE)
     same = head.dtype == table.dtype and head.shape == table.shape
     if not same or not np.array_equal(_words(head), _words(table)):
         raise ValueError(
             f"{directory.path}: config.json ties the output head to the token table, "
-            f"but {_TIED_HEAD} differs from {_TOKEN_TABLE}; set tie_word_embeddings to false"
+            f"but {_HEAD} differs from {_TOKEN_TABLE}; set tie_word_embeddings to false"
         )
-    directory.release(_TIED_HEAD)
+    directory.release(_HEAD)
 
 
 def _words(tensor: np.ndarray) -> np.ndarray:

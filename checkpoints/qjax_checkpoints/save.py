@@ -16,14 +16,18 @@ from qjax.formats import device_bytes
 from qjax.nnx_layers import named_variables
 from qjax_checkpoints.atomic import check_space, check_writable, new_directory
 from qjax_checkpoints.checkpoint import Checkpoint
-from qjax_checkpoints.compressed_tensors.write import compressed, encoded
+from qjax_checkpoints.compressed_tensors.write import (
+    check_nothing_online,
+    compressed,
+    encoded,
+)
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import write_json
 from qjax_checkpoints.orbax_directory import write_orbax
 from qjax_checkpoints.outline import outline
 from qjax_checkpoints.parameters import pending_parameter, stored_values
 from qjax_checkpoints.shards import SHARD_BYTES, PendingTensor, pending, write_weights
-from qjax_models import Decoder
+from qjax_models import Decoder, config_from_hf
 from qjax_models.joined import is_joined
 from qjax_models.names import Layout
 
@@ -82,6 +86,7 @@ def save(
         case "compressed-tensors":
             tensors, config["quantization_config"] = compressed(model)
         case "dense":
+            check_nothing_online(model)
             for name, layout, value in stored_values(model):
                 tensors[name] = _pending_dense(value, layout)
         case "orbax":
@@ -145,8 +150,12 @@ def written_bytes(model: Decoder, format: str) -> dict[str, int]:
 
 
 def plain_config(model: Decoder, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the configuration of the model as if nothing were quantized, with its dtype."""
+    """Returns the configuration of the model as if nothing were quantized, with its dtype and head."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if (
+        model.config.tied_embeddings != config_from_hf(config).tied_embeddings
+    ):  # its head was untied
+        config["tie_word_embeddings"] = model.config.tied_embeddings
     dtype = str(np.dtype(model.model.activations))
     # transformers before version 5 calls it torch_dtype.
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]

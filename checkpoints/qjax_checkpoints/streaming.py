@@ -35,7 +35,7 @@ from qjax_checkpoints.compressed_tensors.write import compressed, encoded
 from qjax_checkpoints.directory import CONFIG_FILE, ModelDirectory, open_directory
 from qjax_checkpoints.json_file import read_json, write_json
 from qjax_checkpoints.outline import outline, shapes
-from qjax_checkpoints.parameters import abstract_plain, check_values, fill
+from qjax_checkpoints.parameters import check_values, fill, stored_name
 from qjax_checkpoints.save import REPORT_FILE, copy_companions, plain_config
 from qjax_checkpoints.shards import (
     SHARD_BYTES,
@@ -45,6 +45,7 @@ from qjax_checkpoints.shards import (
     write_tensors,
 )
 from qjax_checkpoints.unfinished import UnfinishedRun, partial_path, unfinished_run
+from qjax_models import Decoder
 from qjax_models.names import hf_tensors
 
 
@@ -128,6 +129,7 @@ class StreamedStorage(Storage):
 @contextlib.contextmanager
 def streamed_output(
     source: ModelDirectory,
+    model: Decoder,
     recipe: Recipe | Callable[[], Choice],
     out: Path,
     identity: Mapping[str, str],
@@ -139,6 +141,7 @@ def streamed_output(
 
     Args:
         source: an open directory of plain tensors.
+        model: with their shapes, as `abstract_plain` makes it; a tied head may have been untied.
         recipe: how its layers are going to be held; or what chooses that, which is called when the run is
             ours and has not chosen yet.
         out: the compressed-tensors directory to make; it must not exist.
@@ -150,15 +153,21 @@ def streamed_output(
         ValueError: as `unfinished_run` does; a tensor of the source is missing or holds NaN; the format
             does not hold a layer (named); the disk is too small.
     """
-    model = abstract_plain(source)
+    tensors, quantization = {}, {}
+    if isinstance(recipe, Recipe):  # refuses before there is a run
+        tensors, quantization = compressed(outline(model, recipe))
     with unfinished_run(out, identity, resume=resume) as run:
         choice = None
         if not isinstance(recipe, Recipe):
             choice = _choice(run, recipe)
             recipe = choice.recipe
         if not run.has_finished_parts:
-            tensors, quantization = compressed(outline(model, recipe))
-            check_values(source, hf_tensors(model))  # now, not when their turn has come
+            if choice is not None:
+                tensors, quantization = compressed(outline(model, recipe))
+            # Now, not when their turn has come.
+            check_values(
+                source, dict.fromkeys(stored_name(source, name) for name in hf_tensors(model))
+            )
             check_space(out, sum(tensor.nbytes for tensor in tensors.values()))
             copy_companions(source.path, run.model)
             config = plain_config(model, source.config) | {"quantization_config": quantization}

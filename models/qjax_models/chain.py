@@ -4,14 +4,14 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qjax.blockwise import Block, Blockwise, Channels, Fold
+from qjax.blockwise import Block, Blockwise, Channels, Fold, Stream
 from qjax_models.config import DecoderConfig
 from qjax_models.decoder import Decoder
 from qjax_models.layers import PreNormBlock, SandwichNormBlock
 
 
 def blockwise(model: Decoder, length: int) -> Blockwise:
-    """The blocks of a decoder, and where factors for channels can hide in each.
+    """The blocks of a decoder, and where factors for channels and rotations can hide.
 
     Args:
         model: the decoder; its modules are shared.
@@ -41,6 +41,7 @@ def blockwise(model: Decoder, length: int) -> Blockwise:
         enter=model.model.embed,
         entrance=("model/embed_tokens",),
         apply=_apply,
+        stream=_stream(config),
     )
 
 
@@ -52,19 +53,38 @@ def _apply(
 
 
 def _folds(config: DecoderConfig) -> tuple[Fold, ...]:
-    """The four of a block: both norms, the values, and the half of the gated MLP without activation."""
-    kv_size = config.num_kv_heads * config.head_size
-    query_size = config.num_heads * config.head_size
+    """Those of a block: both norms, the values, and the half of the gated MLP without activation."""
+    before_attention, before_mlp = _readers(config)
+    folds = before_attention, _values(config), before_mlp
+    if (
+        config.online_hadamard
+    ):  # what down_proj multiplies is turned before: no factor passes through
+        return folds
+    return *folds, Fold(producer=_up(config), consumers=("mlp/down_proj",))
+
+
+def _stream(config: DecoderConfig) -> Stream | None:
+    """Where a decoder meets its residual stream, if it is one that a rotation passes through."""
+    if config.post_norms or config.tied_embeddings:
+        return None
+    return Stream(
+        table="model/embed_tokens",
+        head=Fold(
+            producer=Channels(path="model/norm"), consumers=("lm_head",), offset=config.norm_offset
+        ),
+        readers=_readers(config),
+        writers=("self_attn/o_proj", "mlp/down_proj"),
+        values=_values(config),
+    )
+
+
+def _readers(config: DecoderConfig) -> tuple[Fold, Fold]:
+    """The norms before attention and MLP."""
     if config.fused_projections:
-        queries_keys_values = ("self_attn/qkv_proj",)
-        values = Channels(path="self_attn/qkv_proj", first=query_size + kv_size, count=kv_size)
-        gate_up = ("mlp/gate_up_proj",)
-        up = Channels(path="mlp/gate_up_proj", first=config.mlp_size)
+        queries_keys_values, gate_up = ("self_attn/qkv_proj",), ("mlp/gate_up_proj",)
     else:
         queries_keys_values = ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj")
-        values = Channels(path="self_attn/v_proj")
         gate_up = ("mlp/gate_proj", "mlp/up_proj")
-        up = Channels(path="mlp/up_proj")
     before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
     return (
         Fold(
@@ -73,15 +93,29 @@ def _folds(config: DecoderConfig) -> tuple[Fold, ...]:
             offset=config.norm_offset,
         ),
         Fold(
-            producer=values,
-            consumers=("self_attn/o_proj",),
-            head_size=config.head_size,
-            queries_per_head=config.queries_per_kv_head,
-        ),
-        Fold(
             producer=Channels(path=before_mlp),
             consumers=gate_up,
             offset=config.norm_offset,
         ),
-        Fold(producer=up, consumers=("mlp/down_proj",)),
     )
+
+
+def _values(config: DecoderConfig) -> Fold:
+    """The values, which attention mixes head by head."""
+    kv_size = config.num_kv_heads * config.head_size
+    before = (config.num_heads + config.num_kv_heads) * config.head_size  # queries and keys
+    return Fold(
+        producer=Channels(path="self_attn/qkv_proj", first=before, count=kv_size)
+        if config.fused_projections
+        else Channels(path="self_attn/v_proj"),
+        consumers=("self_attn/o_proj",),
+        head_size=config.head_size,
+        queries_per_head=config.queries_per_kv_head,
+    )
+
+
+def _up(config: DecoderConfig) -> Channels:
+    """The half of the gated MLP without activation."""
+    if config.fused_projections:
+        return Channels(path="mlp/gate_up_proj", first=config.mlp_size)
+    return Channels(path="mlp/up_proj")

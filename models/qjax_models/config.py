@@ -48,6 +48,10 @@ class DecoderConfig:
     mlp_bias: bool = False
     fused_projections: bool = False  # one qkv_proj and one gate_up_proj (Phi-3)
 
+    # The inputs of down_proj are turned at run time, as its weights are: what is rounded to 4 bits there
+    # has no outliers (QuaRot). No published file says so.
+    online_hadamard: bool = False
+
     rope: Rope = Rope()
     sliding_rope: Rope | None = None  # of sliding layers; None: the same as `rope`
     sliding_window: int | None = None  # tokens a sliding layer sees, itself included

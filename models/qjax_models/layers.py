@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qjax import ops
+from qjax.algorithms import rotation
 from qjax_models.attention import (
     AttentionImplementation,
     ScoreRule,
@@ -185,6 +186,7 @@ class GatedMLP(nnx.Module):
         """The family's choice of activation, biases and fusion."""
         self.activation: Activation = config.activation
         self.fused = config.fused_projections
+        self.online_hadamard = config.online_hadamard
 
         def project(in_features: int, out_features: int) -> nnx.Linear:
             return linear(
@@ -209,7 +211,10 @@ class GatedMLP(nnx.Module):
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(activate(self.activation, gate) * up)
+        inner = activate(self.activation, gate) * up
+        if self.online_hadamard:
+            inner = rotation.turned(inner, axis=-1)
+        return self.down_proj(inner)
 
 
 def activate(kind: Activation, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

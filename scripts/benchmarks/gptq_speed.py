@@ -92,9 +92,11 @@ def model(args: argparse.Namespace) -> dict[str, Any]:
     shape = args.samples, args.length
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
     compiled: dict[str, float] = defaultdict(float)
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.__setitem__(name, compiled[name] + seconds)
-    )
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        compiled[event] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     start = time.perf_counter()
     steps = []
 

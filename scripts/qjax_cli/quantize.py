@@ -13,9 +13,13 @@ fit and add up to least. Queries, keys and values go together, gate and up too. 
 method's rounding, but for what is done to blocks as wholes, and with the whole model in memory. The
 choice and the losses that it was made by are told, and stand in the report.
 
-Methods but rtn look at what the layers multiply on some text that the model is to be good at: --calib
-takes text files, or token windows as a .npy file. They go through the model block by block, each
-calibrated on what the quantized ones before it make of the text.
+A method is one algorithm or a chain of them, such as gptq or rotation+awq+gptq: rotation first, then awq
+or smoothquant, then gptq, then learned; each may be left out, and rtn stands for none. llm-int8 stands by
+itself.
+
+Methods but rtn and rotation look at what the layers multiply on some text that the model is to be good
+at: --calib takes text files, or token windows as a .npy file. They go through the model block by block,
+each calibrated on what the quantized ones before it make of the text.
 
 From a Hugging Face directory to compressed-tensors a model need not fit into memory: one block is there
 at a time, and the activations of the calibration windows, which --spill keeps in a file. Until OUT is
@@ -55,7 +59,7 @@ from qjax_cli import budget, text
 from qjax_cli.arguments import whole_number
 from qjax_cli.console import Console
 from qjax_cli.text import read_text
-from qjax_models import Decoder, DecoderConfig, blockwise
+from qjax_models import Decoder, DecoderConfig, blockwise, rotatable
 
 # How layers are going to be held: the rules, or the words of a budget that will choose them.
 Plan = qjax.Recipe | str
@@ -79,9 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=method.names(),
+        metavar="METHOD",
         default="rtn",
         help="rtn: round to nearest (default); gptq: later weights make up for errors; awq, "
-        "smoothquant: important or outlying channels are rescaled first; learned: the layers of a "
+        "smoothquant: important or outlying channels are rescaled first; rotation: before that, "
+        "channels are mixed until none is an outlier; learned: the layers of a "
         "block are trained together for what comes out of it; llm-int8: inputs with outliers stay in 16 "
         "bits (w8a8, --format orbax); best: the chain that measured best",
     )
@@ -157,7 +163,8 @@ def _streamed(
     console: Console,
 ) -> QuantizationReport:
     """Part by part, from directory to directory."""
-    model = abstract_plain(source)
+    plain = abstract_plain(source)
+    model = _prepared(plain, plan, how)
     tokens = _tokens(args, model.config)
     identity = streaming.identify(source, plan, how, tokens)
     if args.resume and (report := streaming.completed(args.output, identity)):
@@ -165,8 +172,9 @@ def _streamed(
     choose = functools.partial(budget.choose, args, model, tokens, how, console)
     recipe = choose if isinstance(plan, str) else plan
     with streaming.streamed_output(
-        source, recipe, args.output, identity, resume=args.resume
+        source, model, recipe, args.output, identity, resume=args.resume
     ) as storage:
+        _note_untied(plain, model, console)
         if storage.choice is not None:
             console.note(budget.shown(storage.choice))
         try:
@@ -192,8 +200,10 @@ def _in_memory(
         choice = budget.choose(args, source.model, tokens, how, console)
         console.note(budget.shown(choice))
         plan = choice.recipe
-    check_format(source.model, plan, args.format)
-    model, report = _quantized(args, source.model, tokens, plan, how, console)
+    model = _prepared(source.model, plan, how)
+    check_format(model, plan, args.format)
+    _note_untied(source.model, model, console)
+    model, report = _quantized(args, model, tokens, plan, how, console)
     save(model, source, args.output, args.format, _as_json(report, choice))
     return report
 
@@ -201,6 +211,24 @@ def _in_memory(
 def _as_json(report: QuantizationReport, choice: qjax.Choice | None) -> dict[str, Any]:
     """The report as it is written, with the reasons for its schemes where a budget chose them."""
     return report.as_json() | ({} if choice is None else {"choice": choice.as_json()})
+
+
+def _prepared(model: Decoder, plan: Plan, how: qjax.Method) -> Decoder:
+    """The model in the form that the method works on."""
+    if how.rotated is None:
+        return model
+    assert isinstance(plan, qjax.Recipe)  # see _method
+    return rotatable(model, plan)
+
+
+def _note_untied(before: Decoder, after: Decoder, console: Console) -> None:
+    """Says what it costs that the head of a model is no longer its token table."""
+    if before.config.tied_embeddings and not after.config.tied_embeddings:
+        head = after.lm_head.kernel.get_value()
+        console.note(
+            "lm_head: no longer the token table, which a rotation changes in another way: "
+            f"{head.size * head.dtype.itemsize / 2**20:.2f} MiB more"
+        )
 
 
 def _quantized(
@@ -253,8 +281,16 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
     search = qjax.RangeSearch(method=args.range) if args.range else None
     # Candidates are of weights alone: one stands for all.
     recipe = qjax.Recipe.uniform(budget.candidates(args)[0]) if isinstance(plan, str) else plan
+
+    def calibrated(name: str) -> bool:
+        return qjax.Method.parse(name, recipe=recipe).calibrated
+
     how = qjax.Method.parse(args.method, search, recipe)
     how.check(recipe)
+    if how.rotated is not None and isinstance(plan, str):
+        raise ValueError(
+            f"--method {how.name} turns the layers that a budget measures as they are: name a --scheme"
+        )
     if how.outliers is not None and args.format == "compressed-tensors":
         raise ValueError(
             f"--method {how.name} keeps inputs with outliers beside the codes, which compressed-tensors "
@@ -268,7 +304,7 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
     if args.calib and not how.calibrated and isinstance(plan, qjax.Recipe):
         raise ValueError(
             f"--method {how.name} looks at no data: leave out --calib, or take "
-            f"{', '.join(name for name in method.names() if name != how.name)}"
+            f"{', '.join(name for name in method.names() if calibrated(name))}"
         )
     return how
 

@@ -10,13 +10,13 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from qjax import Recipe, dequantize, quantize_model
+from qjax import Recipe, dequantize, quantize_model, quantize_sequentially
 from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints.load import load
 from qjax_checkpoints.save import save
 from qjax_checkpoints.shards import pending_array, write_safetensors
 from qjax_checkpoints.tokenizer import load_tokenizer
-from qjax_models import Decoder
+from qjax_models import Decoder, blockwise, rotatable
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -179,6 +179,20 @@ def test_mixed_precision_loads_there(pretrained, tmp_path, rules):
         pretrained(), tmp_path / "out", Recipe.from_json(rules), jnp.float32
     )
     assert relative(theirs, ours) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_a_rotated_model_is_a_plain_one_there(pretrained, tmp_path, family):
+    """Its tied head is a tensor of its own, its biases and norms have changed."""
+    checkpoint = load(pretrained(family, tie_word_embeddings=True))
+    form = rotatable(checkpoint.model, "w4a16-g32")
+    model, _ = quantize_sequentially(
+        form, blockwise, TOKENS[:0].astype(np.int32), "w4a16-g32", method="rotation"
+    )
+    save(model, checkpoint, tmp_path / "out", "compressed-tensors")
+    theirs = torch_logits(tmp_path / "out", torch.float32)
+    assert relative(theirs, forward(model, jnp.asarray(TOKENS))) < 1e-5
+    assert relative(theirs, torch_logits(checkpoint.path, torch.float32)) < 0.3  # 4 bits lose some
 
 
 WEIGHTS = {

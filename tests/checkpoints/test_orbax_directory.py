@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qjax import Method, Recipe, calibrate, dequantize, nnx_layers, quantize_model
+from qjax import (
+    Method,
+    Recipe,
+    calibrate,
+    dequantize,
+    nnx_layers,
+    quantize_model,
+    quantize_sequentially,
+)
 from qjax.algorithms import llm_int8
 from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints.load import load
-from qjax_checkpoints.save import save
-from qjax_models import Decoder
+from qjax_checkpoints.save import check_format, save
+from qjax_models import Decoder, blockwise, rotatable
 
 forward = nnx.jit(Decoder.__call__)
 SCHEMES = [
@@ -51,6 +59,27 @@ def test_round_trip(write, scheme, assert_same_model):
     checkpoint = load(path)
     assert checkpoint.kind == "qjax"
     assert_same_model(model, checkpoint.model)
+
+
+def test_a_model_that_turns_inputs_at_run_time(quantizable_llama, tmp_path, assert_same_model):
+    recipe = Recipe.uniform("w4a4-g16")
+    form = rotatable(quantizable_llama.model, recipe)
+    model, _ = quantize_sequentially(
+        form, blockwise, np.zeros((0, 1), np.int32), recipe, method="rotation"
+    )
+    for format in ("compressed-tensors", "dense"):
+        with pytest.raises(ValueError, match="turns the inputs of down_proj .*orbax"):
+            save(model, quantizable_llama, tmp_path / "refused", format)
+    with pytest.raises(ValueError, match="turns the inputs"):  # before the work, too
+        check_format(form, recipe, "compressed-tensors")
+    assert not (tmp_path / "refused").exists()
+    save(model, quantizable_llama, tmp_path / "out", "orbax")
+    loaded = load(tmp_path / "out").model
+    assert loaded.config == model.config and loaded.config.online_hadamard
+    assert_same_model(model, loaded)
+    description = json.loads((tmp_path / "out" / "qjax.json").read_text())
+    (tmp_path / "out" / "qjax.json").write_text(json.dumps(description | {"online_hadamard": 1}))
+    assert "online_hadamard must be true or false" in message(tmp_path / "out")
 
 
 def test_a_quantized_embedding(write, assert_same_model):

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -22,13 +23,16 @@ from qjax_checkpoints.load import load, open_plain
 from qjax_checkpoints.parameters import abstract_plain
 from qjax_checkpoints.save import save
 from qjax_checkpoints.streaming import StreamedStorage
-from qjax_models import blockwise
+from qjax_models import blockwise, rotatable
 
 pytestmark = (
     pytest.mark.one_version
 )  # files; what depends on jax, test_sequential asks of every version
 
 RULES = [["lm_head", "w8a16-channel"], [".*layers/1/mlp.*", None], [".*", "w4a16-g16"]]
+ALL_LINKS = replace(
+    Method.parse("rotation+awq+gptq"), learned=learned_rounding.Options(steps=5, batch=1)
+)
 LEARNED = Method(learned=learned_rounding.Options(steps=5, batch=1))
 TOKENS = np.random.default_rng(0).integers(0, 97, (6, 16)).astype(np.int32)
 
@@ -49,11 +53,14 @@ def stream(
     directory, recipe = open_plain(source), Recipe.from_json(rules)
     method = Method.parse(method) if isinstance(method, str) else method
     identity = streaming.identify(directory, recipe, method, tokens)
+    model = abstract_plain(directory)
+    if method.rotated is not None:
+        model = rotatable(model, recipe)
     with streaming.streamed_output(
-        directory, recipe, out, identity, resume=resume, **options
+        directory, model, recipe, out, identity, resume=resume, **options
     ) as storage:
         _, report = quantize_sequentially(
-            abstract_plain(directory), blockwise, tokens, recipe,
+            model, blockwise, tokens, recipe,
             method=method, batch_size=4, storage=storage, spill=spill,
         )  # fmt: skip
         storage.complete(report.as_json() | {"run": identity})
@@ -82,12 +89,14 @@ class Stopped(BaseException):
         ("w8a8", "smoothquant+gptq", jax.numpy.bfloat16),
         ("nvfp4", "awq+gptq", np.float32),
         ("w4a16-g16", LEARNED, np.float32),
+        pytest.param("w4a16-g16", ALL_LINKS, jax.numpy.bfloat16, id="all links"),
     ],
 )
 def test_the_bytes_of_one_piece_however_they_came(
     llama, tmp_path, monkeypatch, scheme, method, dtype
 ):
-    source, rules = llama(dtype=dtype), [[".*", scheme]]
+    rotated = method is ALL_LINKS
+    source, rules = llama(dtype=dtype, tie_word_embeddings=rotated), [[".*", scheme]]
     stream(source, tmp_path / "streamed", method, rules, shard_bytes=20_000)
     streamed = contents(tmp_path / "streamed")
 
@@ -102,7 +111,12 @@ def test_the_bytes_of_one_piece_however_they_came(
 
     checkpoint = load(source)
     model, report = quantize_sequentially(
-        checkpoint.model, blockwise, TOKENS, Recipe.from_json(rules), method=method, batch_size=4
+        rotatable(checkpoint.model, Recipe.from_json(rules)) if rotated else checkpoint.model,
+        blockwise,
+        TOKENS,
+        Recipe.from_json(rules),
+        method=method,
+        batch_size=4,
     )
     save(
         model, checkpoint, tmp_path / "whole", "compressed-tensors", report.as_json(),

@@ -186,10 +186,16 @@ def test_heads_of_values_stand_once_for_each_query_head():
     )
 
 
+# What no rotation passes through; those are for decoders.
 @pytest.mark.parametrize(
     ("method", "scheme"),
     [("llm-int8", "w8a8")]
-    + [(n, s) for n in names() if n != "llm-int8" for s in ("w4a16-g8", "w8a8")],
+    + [
+        (name, scheme)
+        for name in names()
+        if name != "llm-int8" and "rotation" not in name
+        for scheme in ("w4a16-g8", "w8a8")
+    ],
 )
 def test_every_method_and_a_bound_on_what_it_costs(model, tokens, method, scheme):
     quantized, report = qjax.quantize_sequentially(model, chain, tokens, scheme, method=method)
@@ -362,7 +368,20 @@ def test_the_whole_model_at_once_takes_what_it_was_shown(model, tokens):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "gptqq", "gptq+awq", "awq+awq", "awq+", "rtn+gptq", "learned+gptq", "rtn+learned"]
+    "name",
+    [
+        "",
+        "gptqq",
+        "gptq+awq",
+        "awq+awq",
+        "awq+",
+        "rtn+gptq",
+        "learned+gptq",
+        "rtn+learned",
+        "awq+rotation",
+        "rotation+rotation",
+        "rotation+rtn",
+    ],
 )
 def test_unknown_methods_are_named(name):
     with pytest.raises(ValueError, match="unknown method"):
@@ -385,5 +404,14 @@ def test_methods_read_their_own_names():
     chains = set(names()) - {"best"}
     for name in chains:
         assert Method.parse(name).name == name
-    assert len(chains) == 13 and {"learned", "smoothquant+gptq+learned"} < chains
+    assert len(chains) == 25 and {"learned", "rotation+smoothquant+gptq+learned"} < chains
     assert dataclasses.replace(Method.parse("gptq"), rounding=None).name == "rtn"
+
+
+def test_a_rotation_needs_blocks_and_a_stream(model, tokens):
+    method = Method.parse("rotation")
+    assert not method.calibrated and method.by_block
+    with pytest.raises(ValueError, match="rotation changes what feeds a layer"):
+        qjax.quantize_model(model, "w8a16-g8", method=method)
+    with pytest.raises(ValueError, match="rotation: none passes through the residual stream"):
+        qjax.quantize_sequentially(model, chain, tokens, "w8a16-g8", method=method)

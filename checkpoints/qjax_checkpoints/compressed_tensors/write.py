@@ -22,9 +22,10 @@ def compressed(model: Decoder) -> tuple[dict[str, PendingTensor], dict[str, Any]
         model: shapes in place of arrays will do, for tensors that are never computed.
 
     Raises:
-        ValueError: no layer is quantized, or one in a way that no format holds; the message names
-            the layer.
+        ValueError: no layer is quantized, or one in a way that no format holds (the message names
+            the layer); or the model turns activations at run time.
     """
+    check_nothing_online(model)
     tensors, layers = encoded(model)
     if not layers:
         raise ValueError("no layer is quantized; --format dense writes a plain model")
@@ -54,6 +55,19 @@ def encoded(
         else:
             tensors[name] = pending_parameter(value, layout)
     return tensors, layers
+
+
+def check_nothing_online(model: Decoder) -> None:
+    """Checks that a model is one that Hugging Face directories describe: no product's input is turned.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if model.config.online_hadamard:
+        raise ValueError(
+            "rotated for activations of 4 bits, the model turns the inputs of down_proj at run "
+            "time, which no Hugging Face directory can say; --format orbax holds it"
+        )
 
 
 def check_held(layer: str, q: QTensor) -> None:

@@ -208,6 +208,7 @@ def test_nan_scales_name_the_layer(quantize, qjax, tmp_path, format, monkeypatch
 def test_scheme_that_the_format_cannot_hold_is_refused_before_the_work(quantize, monkeypatch):
     monkeypatch.setattr("qjax.quantize_sequentially", None)
     fails(quantize("nf4-g32"), "model.layers.0.", "orbax")
+    fails(quantize("w4a4-g32", "--method", "rotation"), "inputs of down_proj", "--format orbax")
     fails(quantize("w4a16-g48"), "model/layers/0/", "48", "64", "32")
 
 

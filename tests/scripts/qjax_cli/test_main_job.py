@@ -109,6 +109,18 @@ def test_inputs_with_outliers_stay_in_16_bits(qjax, source, tokens, tmp_path):
             assert held["runs_as"].endswith("; 2 inputs in bfloat16")
 
 
+def test_a_rotated_model_says_what_became_of_its_tied_head(qjax, source, tokens, tmp_path):
+    out = tmp_path / "out"
+    done = qjax("quantize", source, out, "--scheme", "w8a16-channel", "--method", "rotation")
+    assert done.status == 0, done.err
+    assert "lm_head: no longer the token table" in done.err and "0.03 MiB more" in done.err
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    report = json.loads((out / "qjax_report.json").read_text())
+    assert {layer["method"] for layer in report["layers"] if layer["scheme"]} == {"rotation"}
+    judged = qjax("eval", out, "--tokens", tokens, "--baseline", source, "--json")
+    assert judged.status == 0 and 0 < judged.json["kl"] < 0.01
+
+
 @pytest.mark.one_version  # with both, two formats of directories are read by their own tests
 @pytest.mark.parametrize("target", ["compressed-tensors", "orbax"])
 @pytest.mark.parametrize(
