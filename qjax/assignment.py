@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from flax import nnx
 
 from qjax import nnx_layers
-from qjax.nnx_layers import QuantizableLayer
+from qjax.nnx_layers import QuantizableLayer, Router
 from qjax.scheme import Recipe, Rule, Scheme
 
 
@@ -51,7 +51,7 @@ def assign(model: nnx.Module, recipe: Recipe) -> Assignment:
     """
     layers = dict(nnx_layers.quantizable_layers(model))
     deciding = {
-        path: recipe.rule_for(path, protected=isinstance(layer, nnx.Embed))
+        path: recipe.rule_for(path, protected=isinstance(layer, nnx.Embed | Router))
         for path, layer in layers.items()
     }
     if not any(rule and rule.scheme for rule in deciding.values()):

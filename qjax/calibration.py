@@ -9,10 +9,16 @@ import jax
 from flax import nnx
 
 from qjax import observation
-from qjax.observation import Observed
+from qjax.observation import ExpertTokens, Observed
 
 
-def calibrate(model: nnx.Module, batches: Iterable[Any], *, hessians: bool = True) -> Observed:
+def calibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    hessians: bool = True,
+    experts: ExpertTokens = "routed",
+) -> Observed:
     """Runs a model on calibration data and keeps statistics of what its layers multiply.
 
     All Hessians are alive together, four bytes for each pair of inputs of a layer;
@@ -23,6 +29,8 @@ def calibrate(model: nnx.Module, batches: Iterable[Any], *, hessians: bool = Tru
         compiled once; arrays that are sharded over a mesh are taken as they lie.
       batches: what it is called with.
       hessians: whether to take second moments, as GPTQ needs; extremes and magnitudes are always taken.
+      experts: what an expert is calibrated with: ``"routed"``, the tokens that are sent to it, or
+        ``"all"``.
 
     Returns:
       The statistics, for :func:`qjax.quantize_model`.
@@ -40,13 +48,16 @@ def calibrate(model: nnx.Module, batches: Iterable[Any], *, hessians: bool = Tru
     graphdef, state = nnx.split(model)
     total = None
     for batch in batches:
-        total = observation.merged(total, _observed(graphdef, state, batch, hessians=hessians))
+        found = _observed(graphdef, state, batch, hessians=hessians, experts=experts)
+        total = observation.merged(total, found)
     if total is None:
         raise ValueError("calibration needs at least one batch")
     return total
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "hessians"))
-def _observed(graphdef: Any, state: Any, batch: Any, *, hessians: bool) -> Observed:
+@functools.partial(jax.jit, static_argnames=("graphdef", "hessians", "experts"))
+def _observed(
+    graphdef: Any, state: Any, batch: Any, *, hessians: bool, experts: ExpertTokens
+) -> Observed:
     model = nnx.merge(graphdef, state)
-    return observation.observe(model, lambda: model(batch), hessians=hessians)
+    return observation.observe(model, lambda: model(batch), hessians=hessians, experts=experts)

@@ -2,7 +2,9 @@
 """One layer of a model: its weight to a QTensor, by the method asked for, and what is reported of it."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,10 +31,23 @@ class Inputs:
       statistics: of its rows.
       factors: of their Hessian, for each order and group size that a layer wants; filled as they are
         made, so that layers with one input share them.
+      few: how many rows the layers really saw, where statistics of too few were filled up; else None.
     """
 
     statistics: InputStatistics
     factors: dict[tuple[gptq.Options, int | None], gptq.Factor]
+    few: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows the layers saw."""
+        return int(self.statistics.rows) if self.few is None else self.few
+
+    @property
+    def shortage(self) -> str:
+        """In words, that there are fewer rows than inputs; empty if there are enough."""
+        inputs = len(self.statistics.magnitude)
+        return f"{self.rows} calibration tokens for {inputs} inputs" if self.rows < inputs else ""
 
     def factor(self, options: gptq.Options, group_size: int | None) -> gptq.Factor:
         """The factor of the Hessian for GPTQ."""
@@ -43,22 +58,29 @@ class Inputs:
         return self.factors[key]
 
 
-def inputs_of(observed: Observed, prefix: str = "") -> dict[str, Inputs]:
+def inputs_of(
+    observed: Observed, prefix: str = "", few: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Inputs]:
     """What is known of each layer's input, one object for layers that share it.
 
     Args:
       observed: of a module.
       prefix: its path in the model and a slash, to be put in front of the layers'.
+      few: how many rows layers saw whose statistics were filled up, by their path in the module.
     """
     known = {}
     for layers, found in zip(observed.layers, observed.inputs, strict=True):
-        inputs = Inputs(statistics=found, factors={})
+        inputs = Inputs(statistics=found, factors={}, few=few.get(layers[0]))
         known |= {prefix + path: inputs for path in layers}
     return known
 
 
 def quantize_layer(
-    path: str, assignment: Assignment, method: Method, inputs: Inputs | None = None
+    path: str,
+    assignment: Assignment,
+    method: Method,
+    inputs: Inputs | None = None,
+    fallback: str = "",
 ) -> LayerReport:
     """Quantizes a layer in place, or leaves it, as an assignment says.
 
@@ -67,6 +89,7 @@ def quantize_layer(
       assignment: of its model.
       method: how.
       inputs: what the layer multiplies; None: not known, and its weights are rounded to nearest.
+      fallback: for the report: why so.
 
     Raises:
       ValueError: the weight cannot be quantized so; the message begins with the path.
@@ -77,7 +100,7 @@ def quantize_layer(
     if path in assignment.shared:
         earlier = assignment.shared[path]
         return _share(path, layer, scheme, earlier, assignment.layers[earlier])
-    return _quantize(path, layer, scheme, method, inputs)
+    return replace(_quantize(path, layer, scheme, method, inputs), fallback=fallback)
 
 
 def _quantize(
@@ -114,7 +137,7 @@ def _quantize(
         bytes_after=q.nbytes,
         seconds=time.perf_counter() - start,
         saturated=saturated,
-        calibration_rows=None if inputs is None else int(inputs.statistics.rows),
+        calibration_rows=None if inputs is None else inputs.rows,
         **noted,
     )
 

@@ -20,6 +20,13 @@ from qjax.qtensor import QTensor
 QuantizableLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Embed
 
 
+class Router(nnx.Linear):
+    """A linear layer whose outputs choose which experts a token goes to.
+
+    It is small, and where it errs a token takes another way: it stays as it is unless a rule names it.
+    """
+
+
 class QuantizedParam(nnx.Variable):
     """A frozen weight: not an ``nnx.Param``, so ``wrt=nnx.Param`` leaves it out of training."""
 

@@ -4,23 +4,51 @@
 Every stock Flax layer passes its input through the hook ``promote_dtype=`` before it multiplies; for
 the time of one trace a hook that keeps statistics of the input stands there. Layers that are handed
 the same array share one entry: queries, keys and values; gate and up.
+
+A model that lets each of its experts compute every token says with :func:`rows_that_count` which of them
+the expert is for. Statistics are of those, or of all (``ExpertTokens``).
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Num
+from jaxtyping import Array, Bool, Num
 
 from qjax import nnx_layers, statistics
 from qjax.nnx_layers import QuantizableLayer
 from qjax.statistics import InputStatistics
 
+# What an expert is calibrated with: the tokens that are routed to it, or all.
+ExpertTokens = Literal["routed", "all"]
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs"], meta_fields=["layers"])
+_COUNTED: ContextVar[Any] = ContextVar("rows that count", default=None)
+
+
+@contextlib.contextmanager
+def rows_that_count(counted: Bool[Array, "*batch"]) -> Iterator[None]:
+    """Says which rows of their input layers are meant for, if they are called in this context.
+
+    It changes nothing that is computed, and costs nothing where nobody observes.
+
+    Args:
+      counted: an entry for each row of what the layers multiply.
+    """
+    token = _COUNTED.set(counted)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["inputs"], meta_fields=["layers", "routed"]
+)
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """What the layers of a model multiplied.
@@ -28,10 +56,12 @@ class Observed:
     Attributes:
       layers: the layers of each input by their paths, in the order in which the model reached them.
       inputs: the statistics of each input.
+      routed: whether they are of some rows alone, those that were meant for the layers.
     """
 
     layers: tuple[tuple[str, ...], ...]
     inputs: tuple[InputStatistics, ...]
+    routed: tuple[bool, ...]
 
     def __getitem__(self, path: str) -> InputStatistics:
         """The statistics of the input of a layer."""
@@ -52,6 +82,7 @@ def observe(
     hessians: bool,
     compute_dtype: Any = None,
     wanted: Callable[[str], bool] = lambda path: True,
+    experts: ExpertTokens = "routed",
 ) -> Observed:
     """Runs a model and keeps statistics of what its layers multiply.
 
@@ -64,21 +95,23 @@ def observe(
       hessians: whether to take Hessians too.
       compute_dtype: what layers compute in; None: what they would.
       wanted: which layers to watch, by path.
+      experts: which rows count, of layers that some of the rows are meant for.
 
     Raises:
       ValueError: a layer is called twice, or multiplies a batch of weights.
     """
-    seen: dict[int, tuple[Any, list[str], InputStatistics]] = {}
+    seen: dict[tuple[int, int], _Seen] = {}
     for path, layer in nnx_layers.quantizable_layers(module):
         if isinstance(layer, nnx.Embed):
             continue
-        watch = _Watch(path, layer, seen, hessians) if wanted(path) else None
+        watch = _Watch(path, layer, seen, hessians, experts) if wanted(path) else None
         hook = functools.partial(_promote, watch=watch, compute_dtype=compute_dtype)
         setattr(layer, "promote_dtype", hook)  # noqa: B010  Flax declares it with a type of its own
     run()
     return Observed(
-        layers=tuple(tuple(paths) for _, paths, _ in seen.values()),
-        inputs=tuple(found for *_, found in seen.values()),
+        layers=tuple(tuple(entry.paths) for entry in seen.values()),
+        inputs=tuple(entry.found for entry in seen.values()),
+        routed=tuple(entry.counted is not None for entry in seen.values()),
     )
 
 
@@ -119,27 +152,41 @@ def merged(a: Observed | None, b: Observed) -> Observed:
     if a is None:
         return b
     both = zip(a.inputs, b.inputs, strict=True)
-    return Observed(layers=a.layers, inputs=tuple(statistics.merged(x, y) for x, y in both))
+    return replace(a, inputs=tuple(statistics.merged(x, y) for x, y in both))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    x: Any  # the arrays are kept, so that their ids stay their own
+    counted: Any
+    paths: list[str]
+    found: InputStatistics
 
 
 @dataclass(frozen=True)
 class _Watch:
     path: str
     layer: QuantizableLayer
-    seen: dict[int, tuple[Any, list[str], InputStatistics]]
+    seen: dict[tuple[int, int], _Seen]
     hessians: bool
+    experts: ExpertTokens
 
     def __call__(self, x: Num[Array, "..."]) -> None:
-        if any(self.path in paths for _, paths, _ in self.seen.values()):
+        if any(self.path in entry.paths for entry in self.seen.values()):
             raise ValueError(
                 f"{self.path}: is called twice in one pass; calibration takes a layer's input once"
             )
-        if id(x) in self.seen:
-            self.seen[id(x)][1].append(self.path)
+        counted = _COUNTED.get() if self.experts == "routed" else None
+        key = id(x), id(counted)
+        if key in self.seen:
+            self.seen[key].paths.append(self.path)
             return
-        rows = nnx_layers.rows_of(self.layer, x)
-        # The array is kept too, so that its id stays its own.
-        self.seen[id(x)] = x, [self.path], statistics.of_rows(rows, hessian=self.hessians)
+        found = statistics.of_rows(
+            nnx_layers.rows_of(self.layer, x),
+            hessian=self.hessians,
+            counted=None if counted is None else counted.reshape(-1),
+        )
+        self.seen[key] = _Seen(x=x, counted=counted, paths=[self.path], found=found)
 
 
 def _promote(

@@ -36,8 +36,9 @@ def quantize_model(
       recipe: which layers are held how; a scheme's name means that scheme everywhere.
       observed: what the layers multiplied (:func:`qjax.calibrate`), all of them in the unquantized
         model; :func:`qjax.quantize_sequentially` lets each see the quantized ones before it.
-      method: how weights are rounded, or its name. Layers that were not observed, and tables of
-        embeddings, are rounded to nearest; the report says so.
+      method: how weights are rounded, or its name. Layers that were not observed, that saw fewer tokens
+        than a Hessian needs, as experts may, and tables of embeddings are rounded to nearest; the report
+        says so.
       search: how the range of each tile is chosen, where ``method`` is a name; None: as suits it.
       on_layer: called with the path of each layer before it is quantized; for progress bars.
 
@@ -76,7 +77,10 @@ def quantize_model(
     for path in assigned.layers:
         if assigned.scheme(path) is not None:
             on_layer(path)
-        reports.append(layer_quantization.quantize_layer(path, assigned, method, known.get(path)))
+        inputs, fallback = known.get(path), ""
+        if inputs is not None and method.needs_hessians and inputs.shortage:
+            inputs, fallback = None, f"{inputs.shortage}: rounded to nearest"
+        reports.append(layer_quantization.quantize_layer(path, assigned, method, inputs, fallback))
     return result, QuantizationReport(
         layers=tuple(reports), unmatched_rules=assigned.unmatched_rules
     )

@@ -24,7 +24,9 @@ class LayerReport:
       reason: why it was left as it is, or whose weight it shares; empty otherwise.
       saturated: infinite weights, which took the ends of their tiles' ranges.
       damping: share of the mean that was added to the Hessian's diagonal; None without a Hessian.
-      calibration_rows: tokens that the layer saw in calibration; None without any.
+      calibration_rows: tokens that the layer saw in calibration, of experts those that were routed to it;
+        None without any.
+      fallback: what was done because they were too few; empty otherwise.
       outliers: inputs that are kept as they are, in 16 bits; None: the method keeps none.
       crowded_out: inputs as large as those, for which there was no room.
     """
@@ -43,6 +45,7 @@ class LayerReport:
     calibration_rows: int | None = None
     outliers: int | None = None
     crowded_out: int = 0
+    fallback: str = ""
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> "LayerReport":
@@ -74,15 +77,16 @@ class QuantizationReport:
         return tuple(layer for layer in self.layers if layer.scheme is None)
 
     def warnings(self) -> list[str]:
-        """A line for each rule or layer without effect, and for values that had to be cut or rounded."""
+        """A line for each rule or layer without effect, of few tokens, of values cut or rounded."""
         rules = [f"rule {pattern!r} decided for no layer" for pattern in self.unmatched_rules]
         saturated = [
             f"{layer.path}: infinite weights saturated, {layer.saturated} in all"
             for layer in self.layers
             if layer.saturated
         ]
+        fallbacks = [f"{layer.path}: {layer.fallback}" for layer in self.layers if layer.fallback]
         alone = [f"{layer.path} stays as it is: {layer.reason}" for layer in self.unquantized]
-        return rules + saturated + self._crowded_out() + alone
+        return rules + saturated + self._crowded_out() + fallbacks + alone
 
     def _crowded_out(self) -> list[str]:
         """At most one line: in a model of today every layer of one kind may be concerned."""

@@ -298,7 +298,7 @@ _PROTECTED = re.compile(r"(.*/)?[^/]*(norm|embed|lm_head)[^/]*")
 class Recipe:
     """Which layers are held how: the first rule that matches a path decides.
 
-    Norms, embeddings and the output head stay as they are unless a rule names them
+    Norms, embeddings, the output head and routers stay as they are unless a rule names them
     (:meth:`Rule.names`).
 
     Example:

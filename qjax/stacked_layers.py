@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from qjax.qtensor import QTensor
 
@@ -53,6 +54,22 @@ def scan_layers(
         return f(carry, jax.tree.unflatten(tree, own))
 
     return jax.lax.scan(step, init, (numbers, sliced), **options)
+
+
+def layer_of(xs: Any, number: Int[Array, ""]) -> Any:
+    """One of stacked layers, whichever: a slice of every leaf, or of an arranged QTensor a view of it.
+
+    Args:
+      xs: pytree whose leaves are stacked along their first axis.
+      number: of the layer.
+    """
+
+    def own(leaf: Any) -> Any:
+        if _is_stack(leaf):
+            return leaf.replaced(layer=number)
+        return jax.tree.map(lambda array: array[number], leaf)
+
+    return jax.tree.map(own, xs, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
 def _length(leaves: list[Any], options: dict[str, Any]) -> int:

@@ -9,11 +9,12 @@ The Hessian is that of the squared error of the weight's product, up to a factor
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 
 @jax.tree_util.register_dataclass
@@ -59,20 +60,29 @@ class InputStatistics:
         )
 
 
-def of_rows(x: Num[Array, "rows k"], *, hessian: bool) -> InputStatistics:
+def of_rows(
+    x: Num[Array, "rows k"], *, hessian: bool, counted: Bool[Array, " rows"] | None = None
+) -> InputStatistics:
     """The statistics of some rows.
 
     Args:
       x: rows that a ``[k, n]`` weight is multiplied with.
       hessian: whether to take the Hessian too.
+      counted: which of the rows count; None: all. Of no rows at all the sums are zero, ``low`` is
+        infinity and ``high`` minus infinity.
     """
-    wide = x.astype(jnp.float32)
+    if counted is None:
+        counted = jnp.ones(x.shape[0], bool)
+    else:
+        # Rows of zeros add nothing to any sum.
+        x = jnp.where(counted[:, None], x, 0)
+    wide, counts = x.astype(jnp.float32), counted[:, None]
     return InputStatistics(
         hessian=_gram(x) if hessian else None,
-        low=jnp.min(wide, axis=0),
-        high=jnp.max(wide, axis=0),
+        low=jnp.min(wide, axis=0, initial=jnp.inf, where=counts),
+        high=jnp.max(wide, axis=0, initial=-jnp.inf, where=counts),
         magnitude=jnp.sum(jnp.abs(wide), axis=0),
-        rows=jnp.int32(x.shape[0]),
+        rows=jnp.sum(counted, dtype=jnp.int32),
     )
 
 
@@ -84,6 +94,39 @@ def merged(a: InputStatistics, b: InputStatistics) -> InputStatistics:
         high=jnp.maximum(a.high, b.high),
         magnitude=a.magnitude + b.magnitude,
         rows=a.rows + b.rows,
+    )
+
+
+@jax.jit
+def filled_up(
+    few: InputStatistics, every: InputStatistics, wanted: Int[Array, ""] | int
+) -> InputStatistics:
+    """The statistics of too few rows, with what is missing taken from the average of more.
+
+        missing = wanted - rows,    sums + missing / all rows * sums of all
+
+    A Hessian of few rows says little of most directions; the average says what is usual there, and weighs
+    as many rows as are missing, no more.
+
+    Args:
+      few: of the rows that count.
+      every: of those and others; where they are fewer than wanted, there are as many afterwards.
+      wanted: how many rows are enough.
+    """
+    wanted = jnp.minimum(wanted, every.rows)
+    missing = jnp.maximum(wanted - few.rows, 0)
+    share = missing / every.rows
+
+    def mixed(own: Float[Array, "..."], of_all: Any) -> Float[Array, "..."]:
+        return own + share * of_all
+
+    hessian = few.hessian
+    return InputStatistics(
+        hessian=None if hessian is None else mixed(hessian, every.hessian),
+        low=jnp.where(missing > 0, jnp.minimum(few.low, every.low), few.low),
+        high=jnp.where(missing > 0, jnp.maximum(few.high, every.high), few.high),
+        magnitude=mixed(few.magnitude, every.magnitude),
+        rows=few.rows + missing,
     )
 
 

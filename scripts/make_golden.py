@@ -67,6 +67,9 @@ CASES = {
         },
     ),
     "mistral": Case("MistralConfig", {"sliding_window": 7, "head_dim": 16}),
+    "mixtral": Case(
+        "MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 9}
+    ),
     "qwen2": Case(
         "Qwen2Config",
         {
@@ -77,6 +80,15 @@ CASES = {
         },
     ),
     "qwen3": Case("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3_moe": Case(
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
     "gemma2": Case(
         "Gemma2Config",
         {

@@ -76,7 +76,8 @@ def save(
     """
     if is_joined(model):
         raise ValueError(
-            "the model's projections are joined (join_projections), and files have them apart: "
+            "the model's projections or experts are joined (join_projections, stack_experts), and files "
+            "have them apart: "
             "save the model as it was before"
         )
     check_writable(out)

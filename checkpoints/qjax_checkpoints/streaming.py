@@ -25,6 +25,7 @@ import qjax
 from qjax.budget import Choice
 from qjax.method import Method
 from qjax.nnx_layers import named_variables
+from qjax.observation import ExpertTokens
 from qjax.report import LayerReport, QuantizationReport
 from qjax.scheme import Recipe
 from qjax.storage import Storage
@@ -192,6 +193,8 @@ def identify(
     recipe: Recipe | str,
     method: Method,
     tokens: Int[np.ndarray, "n length"],
+    *,
+    experts: ExpertTokens = "routed",
 ) -> dict[str, str]:
     """Returns in words all that decides the bytes of an output, each under what it is called.
 
@@ -200,6 +203,7 @@ def identify(
         recipe: how its layers are going to be held, or by what that is going to be chosen.
         method: how weights are rounded.
         tokens: what is calibrated on, and measured for a choice.
+        experts: which tokens an expert is calibrated with.
     """
     if isinstance(recipe, Recipe):
         rules = [[rule.pattern, rule.scheme.name if rule.scheme else None] for rule in recipe.rules]
@@ -211,6 +215,7 @@ def identify(
         "method": method.name,
         "exact method": repr(method),
         "calibration": f"{windows} windows of {length} tokens ({_hash(tokens.tobytes())})",
+        "tokens of experts": experts,
         "qjax": qjax.__version__,
         "jax": jax.__version__,
         "device": f"{jax.default_backend()} ({jax.devices()[0].device_kind})",

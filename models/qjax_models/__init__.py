@@ -9,3 +9,4 @@ from qjax_models.generate import Generator as Generator
 from qjax_models.joined import join_projections as join_projections
 from qjax_models.rotatable_form import rotatable as rotatable
 from qjax_models.sampling import Sampling as Sampling
+from qjax_models.stacked_experts import stack_experts as stack_experts

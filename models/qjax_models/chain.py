@@ -6,8 +6,7 @@ from jaxtyping import Array, Float
 
 from qjax.blockwise import Block, Blockwise, Channels, Fold, Stream
 from qjax_models.config import DecoderConfig
-from qjax_models.decoder import Decoder
-from qjax_models.layers import PreNormBlock, SandwichNormBlock
+from qjax_models.decoder import Decoder, DecoderBlock
 
 
 def blockwise(model: Decoder, length: int) -> Blockwise:
@@ -34,7 +33,7 @@ def blockwise(model: Decoder, length: int) -> Blockwise:
                 path=f"model/layers/{index}",
                 module=block,
                 context=(sliding if config.is_sliding(index) else full, positions),
-                folds=_folds(config),
+                folds=_folds(config, index),
             )
             for index, block in enumerate(model.model.layers)
         ),
@@ -45,27 +44,29 @@ def blockwise(model: Decoder, length: int) -> Blockwise:
     )
 
 
-def _apply(
-    block: PreNormBlock | SandwichNormBlock, x: Float[Array, "B T D"], context: tuple
-) -> Float[Array, "B T D"]:
+def _apply(block: DecoderBlock, x: Float[Array, "B T D"], context: tuple) -> Float[Array, "B T D"]:
     angles, positions = context
     return block(x, angles, positions)[0]
 
 
-def _folds(config: DecoderConfig) -> tuple[Fold, ...]:
-    """Those of a block: both norms, the values, and the half of the gated MLP without activation."""
+def _folds(config: DecoderConfig, layer: int) -> tuple[Fold, ...]:
+    """Those of a block: both norms, the values, and the half of the gated MLP without activation.
+
+    With experts only the norm of attention and the values: what the second norm feeds is read by the
+    router, too, which stays as it is. What is turned before down_proj no factor passes through.
+    """
     before_attention, before_mlp = _readers(config)
-    folds = before_attention, _values(config), before_mlp
-    if (
-        config.online_hadamard
-    ):  # what down_proj multiplies is turned before: no factor passes through
+    folds = before_attention, _values(config)
+    if config.experts_of(layer) is not None:
         return folds
-    return *folds, Fold(producer=_up(config), consumers=("mlp/down_proj",))
+    if config.online_hadamard:
+        return *folds, before_mlp
+    return *folds, before_mlp, Fold(producer=_up(config), consumers=("mlp/down_proj",))
 
 
 def _stream(config: DecoderConfig) -> Stream | None:
     """Where a decoder meets its residual stream, if it is one that a rotation passes through."""
-    if config.post_norms or config.tied_embeddings:
+    if config.post_norms or config.tied_embeddings or config.experts is not None:
         return None
     return Stream(
         table="model/embed_tokens",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What distinguishes one decoder from another, as one value.
 
-All supported families are the same residual stack of attention and gated MLP; a `DecoderConfig` says
-how wide it is and which of the family's small differences (norm offsets, soft caps, windows, ...) apply.
+All supported families are the same residual stack of attention and gated MLP, of one or of many that a
+router chooses among; a `DecoderConfig` says how wide it is and which of the family's small differences
+(norm offsets, soft caps, windows, ...) apply.
 The defaults are those of a plain Llama, so a family only states what it does differently.
 """
 
@@ -12,6 +13,39 @@ from typing import Literal
 from qjax_models.rope import Rope
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """What a family calls the layer of experts and the three projections of each."""
+
+    layer: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Many gated MLPs in the place of one, of which a router chooses some for each token.
+
+    Raises:
+        ValueError: more are to be chosen than there are.
+    """
+
+    count: int  # E
+    per_token: int  # k, how many of them a token goes through
+    mlp_size: int  # F of each
+    normalized: bool  # the weights of the chosen are divided by their sum
+    names: ExpertNames = ExpertNames()
+    dense_layers: tuple[int, ...] = ()  # indices of the layers that have one plain MLP
+
+    def __post_init__(self) -> None:
+        """Checks that there are as many as are chosen."""
+        for name in ("count", "per_token", "mlp_size"):
+            _require_positive(f"experts: {name}", getattr(self, name))
+        if self.per_token > self.count:
+            raise ValueError(f"{self.per_token} experts a token, but there are {self.count}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +81,7 @@ class DecoderConfig:
     output_bias: bool = False  # of o_proj
     mlp_bias: bool = False
     fused_projections: bool = False  # one qkv_proj and one gate_up_proj (Phi-3)
+    experts: ExpertsConfig | None = None  # instead of one MLP a layer
 
     # The inputs of down_proj are turned at run time, as its weights are: what is rounded to 4 bits there
     # has no outliers (QuaRot). No published file says so.
@@ -98,6 +133,12 @@ class DecoderConfig:
     def is_sliding(self, layer: int) -> bool:
         """Whether layer number `layer` sees only the last `sliding_window` tokens."""
         return layer in self.sliding_layers
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """The experts of layer number `layer`; None: it has one MLP."""
+        if self.experts is None or layer in self.experts.dense_layers:
+            return None
+        return self.experts
 
     def window(self, layer: int) -> int | None:
         """How many tokens layer number `layer` sees; None: all."""

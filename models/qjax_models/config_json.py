@@ -77,6 +77,15 @@ class ConfigJson:
             raise self._wrong(key, value, "a list of numbers")
         return tuple(float(x) for x in value)
 
+    def indices(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers from 0 up; empty when absent."""
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(type(x) is int and x >= 0 for x in value):
+            raise self._wrong(key, value, "a list of whole numbers from 0 up")
+        return tuple(value)
+
     def nested(self, key: str) -> "ConfigJson":
         """A nested object; empty when absent."""
         value = self.values.get(key)

@@ -17,8 +17,11 @@ from qjax import ops
 from qjax_models.attention import AttentionImplementation, default_implementation
 from qjax_models.cache import KVCache, LayerKV
 from qjax_models.config import DecoderConfig
+from qjax_models.experts import ExpertsBlock
 from qjax_models.layers import Numerics, PreNormBlock, RMSNorm, SandwichNormBlock, linear
 from qjax_models.rope import Rotation, rotation
+
+DecoderBlock = PreNormBlock | SandwichNormBlock | ExpertsBlock
 
 
 class Backbone(nnx.Module):
@@ -35,9 +38,9 @@ class Backbone(nnx.Module):
             embedding_init=nnx.initializers.normal(config.initializer_std),
             rngs=rngs,
         )
-        block = SandwichNormBlock if config.post_norms else PreNormBlock
         self.layers = nnx.List(
-            block(config, layer, numerics, rngs) for layer in range(config.num_layers)
+            _block_kind(config, layer)(config, layer, numerics, rngs)
+            for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config, numerics)
 
@@ -79,6 +82,12 @@ class Backbone(nnx.Module):
         if config.sliding_rope is None:
             return full, full
         return full, rotation(config.sliding_rope, config.head_size, positions, length)
+
+
+def _block_kind(config: DecoderConfig, layer: int) -> type[DecoderBlock]:
+    if config.experts_of(layer) is not None:
+        return ExpertsBlock
+    return SandwichNormBlock if config.post_norms else PreNormBlock
 
 
 class Decoder(nnx.Module):

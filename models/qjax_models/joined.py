@@ -19,6 +19,7 @@ from flax import nnx
 from qjax import qtensor
 from qjax.qtensor import QTensor
 from qjax_models.decoder import Decoder
+from qjax_models.experts import ExpertsBlock
 from qjax_models.layers import Attention, GatedMLP
 
 # What a layer has of its own besides its weights, which the joined one takes from the first.
@@ -51,13 +52,16 @@ def join_projections(model: Decoder) -> None:
     """
     for block in model.model.layers:
         _join_attention(block.self_attn)
-        _join_mlp(block.mlp)
+        if not isinstance(block, ExpertsBlock):
+            _join_mlp(block.mlp)
 
 
 def is_joined(model: Decoder) -> bool:
-    """Whether `join_projections` joined anything: no file of the model's family has such layers."""
+    """Whether `join_projections` or `stack_experts` did anything: no file has such layers."""
     return not model.config.fused_projections and any(
-        block.self_attn.fused or block.mlp.fused for block in model.model.layers
+        block.self_attn.fused
+        or (block.sparse.stacked if isinstance(block, ExpertsBlock) else block.mlp.fused)
+        for block in model.model.layers
     )
 
 

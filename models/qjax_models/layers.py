@@ -5,6 +5,7 @@ Attribute names are those of the Hugging Face tensors, so that a parameter's pat
 """
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from qjax_models.attention import (
 from qjax_models.cache import LayerKV
 from qjax_models.config import Activation, DecoderConfig
 from qjax_models.rope import Rotation, rotate
+
+Linear = TypeVar("Linear", bound=nnx.Linear)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +51,10 @@ def linear(
     std: float,
     numerics: Numerics,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+    kind: type[Linear] = nnx.Linear,
+) -> Linear:
     """A stock linear layer in the decoder's types."""
-    return nnx.Linear(
+    return kind(
         in_features,
         out_features,
         use_bias=use_bias,

@@ -25,6 +25,7 @@ from qjax.nnx_layers import named_variables, quantized_layers
 from qjax.scheme import Recipe
 from qjax_models.config import DecoderConfig
 from qjax_models.decoder import Decoder
+from qjax_models.experts import ExpertsBlock
 
 Weight = TypeVar("Weight", jax.Array, jax.ShapeDtypeStruct)
 
@@ -67,6 +68,7 @@ def rotatable(model: Decoder, recipe: str | Recipe) -> Decoder:
         variable.set_value(weight)
     if online and not model.config.online_hadamard:
         for block in result.model.layers:
+            assert not isinstance(block, ExpertsBlock)  # see _check_rotatable
             _turn_inputs(block.mlp.down_proj)
     return result
 
@@ -82,6 +84,11 @@ def _check_rotatable(config: DecoderConfig) -> None:
             "rotation: this model normalizes what each block adds to the residual stream and multiplies "
             "it channel by channel (post_attention_layernorm, post_feedforward_layernorm); no rotation "
             "passes through that: take a method without it"
+        )
+    if config.experts is not None:
+        raise ValueError(
+            "rotation: the norm before the experts feeds their router, too, which stays as it is; "
+            "take a method without it"
         )
 
 

@@ -22,6 +22,7 @@ from qjax_checkpoints.tokenizer import load_tokenizer
 from qjax_cli import text
 from qjax_cli.arguments import whole_number
 from qjax_cli.console import Console
+from qjax_models.stacked_experts import stack_experts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"windows of {tokens.shape[1]} tokens go beyond the {context} that the model was made for"
         )
     for loaded in filter(None, (checkpoint, baseline)):
+        stack_experts(loaded.model)
         for line in loaded.notes:
             console.note(line)
     start = time.perf_counter()

@@ -19,6 +19,7 @@ from qjax_cli.console import Console
 from qjax_models.generate import Generator, Timing
 from qjax_models.joined import join_projections
 from qjax_models.sampling import Sampling
+from qjax_models.stacked_experts import stack_experts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
             "the model was made for"
         )
     join_projections(checkpoint.model)
+    stack_experts(checkpoint.model)
     graph, state = nnx.split(checkpoint.model)
     generator = Generator(
         nnx.merge(graph, qjax.prepare(state)),

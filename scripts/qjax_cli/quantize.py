@@ -38,7 +38,7 @@ import functools
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -46,6 +46,7 @@ from jaxtyping import Int
 import qjax
 from qjax import method
 from qjax.budget import CANDIDATES
+from qjax.observation import ExpertTokens
 from qjax.report import QuantizationReport
 from qjax.scheme import SUPPORTED
 from qjax.storage import Storage
@@ -111,6 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-len", type=whole_number(2), default=1024, help="tokens of a window, at most (1024)"
     )
     parser.add_argument(
+        "--experts",
+        choices=get_args(ExpertTokens),
+        default="routed",
+        help="calibrate each expert of a mixture with the tokens that are routed to it (default; what "
+        "is missing to sixteen for each of its inputs comes from the average of all), or with all",
+    )
+    parser.add_argument(
         "--format",
         choices=("compressed-tensors", "orbax"),
         default="compressed-tensors",
@@ -166,7 +174,7 @@ def _streamed(
     plain = abstract_plain(source)
     model = _prepared(plain, plan, how)
     tokens = _tokens(args, model.config)
-    identity = streaming.identify(source, plan, how, tokens)
+    identity = streaming.identify(source, plan, how, tokens, experts=args.experts)
     if args.resume and (report := streaming.completed(args.output, identity)):
         return report
     choose = functools.partial(budget.choose, args, model, tokens, how, console)
@@ -250,6 +258,7 @@ def _quantized(
             tokens,
             recipe,
             method=how,
+            experts=args.experts,
             storage=storage,
             spill=args.spill,
             on_step=lambda what: bar.advance(),

@@ -83,6 +83,33 @@ def tiny_llama(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, np.ndarray
 
 
 @pytest.fixture
+def tiny_mixtral(tmp_path: Path) -> Path:
+    """Writes a tiny random Mixtral of four experts a layer."""
+    config = CONFIG | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    width, mlp = config["hidden_size"], config["intermediate_size"]
+    dense = {name: shape for name, shape in shapes(config).items() if ".mlp." not in name}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.block_sparse_moe."
+        dense[f"{prefix}gate.weight"] = (4, width)
+        for expert in range(4):
+            for name, shape in (("w1", (mlp, width)), ("w2", (width, mlp)), ("w3", (mlp, width))):
+                dense[f"{prefix}experts.{expert}.{name}.weight"] = shape
+    rng = np.random.default_rng(0)
+    tensors = {n: (rng.standard_normal(s) * 0.2).astype(np.float32) for n, s in dense.items()}
+    path = tmp_path / "mixtral"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer.json").write_text("{}")
+    safetensors.numpy.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.fixture
 def quantizable_llama(tiny_llama) -> Checkpoint:
     """A tiny Llama, loaded, whose layers have whole groups of 16 and 32 inputs."""
     path, _ = tiny_llama(intermediate_size=64)

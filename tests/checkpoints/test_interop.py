@@ -142,6 +142,20 @@ def test_weight_only_logits_agree(pretrained, tmp_path, scheme):
     assert relative(plain, ours) > 1e-3  # it was quantized indeed
 
 
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_load_there(pretrained, tmp_path, family):
+    path = pretrained(family, **EXPERTS[family])
+    theirs, ours, plain = quantized_pair(path, tmp_path / "out", "w4a16-g32", jnp.float32)
+    assert relative(theirs, ours) < 1e-5
+    assert relative(plain, ours) > 1e-3
+
+
 @pytest.mark.parametrize(
     "scheme",
     ["w8a8", "w4a8-g32", "w4a4-g32", "w4afp8-g32", "w4afp8-channel", "fp8-dynamic", "fp8-block"],

@@ -28,6 +28,10 @@ FEATURES = [
     ("llama", {"rope": Rope(theta=5000.0)}),
     ("llama_linear", {"rope": Rope()}),
     ("mistral", {"sliding_window": None, "sliding_layers": ()}),
+    ("mixtral", {"sliding_window": None, "sliding_layers": ()}),
+    ("mixtral", {"experts": {"normalized": False}}),
+    ("mixtral", {"experts": {"per_token": 3}}),
+    ("qwen3_moe", {"experts": {"normalized": True}}),
     ("qwen2", {"sliding_layers": ()}),
     ("qwen2", {"sliding_layers": (0, 1, 2)}),
     ("gemma2", {"sliding_layers": ()}),
@@ -48,6 +52,8 @@ FEATURES = [
 @pytest.mark.parametrize(("name", "change"), FEATURES)
 def test_every_feature_matters_in_the_goldens(goldens, name, change):
     golden = goldens[name]
+    if "experts" in change:
+        change = {"experts": replace(golden.config.experts, **change["experts"])}
     model = golden.model(replace(golden.config, **change))
     assert relative_error(forward(model, jnp.asarray(golden.tokens)), golden.logits) > 1e-3
 
@@ -88,6 +94,37 @@ def test_defaults_of_gemma2_and_qwen(goldens):
     assert config_from_hf(qwen).sliding_layers == ()
     del qwen["layer_types"]
     assert config_from_hf(qwen | {"use_sliding_window": True}).sliding_layers == (1, 2)
+
+
+def test_defaults_of_mixtures(goldens):
+    """Those of the published files, which leave out what is usual."""
+    mixtral = {k: v for k, v in goldens["mixtral"].json.items() if "experts" not in k}
+    experts = config_from_hf(mixtral).experts
+    assert (experts.count, experts.per_token, experts.mlp_size) == (8, 2, 40)
+    qwen = goldens["qwen3_moe"].json
+    old = {k: v for k, v in qwen.items() if "experts" not in k and k != "mlp_only_layers"}
+    experts = config_from_hf(old).experts
+    assert (experts.count, experts.per_token, experts.mlp_size) == (128, 8, 24)
+    assert experts.dense_layers == () and not experts.normalized
+    assert config_from_hf(old | {"num_experts": 9}).experts.count == 9
+    every_second = config_from_hf(old | {"decoder_sparse_step": 2, "mlp_only_layers": [1]})
+    assert every_second.experts.dense_layers == (0, 1, 2)
+    windows = config_from_hf(old | {"use_sliding_window": True, "sliding_window": 7})
+    assert windows.sliding_layers == (0, 1, 2) and windows.sliding_window == 7
+
+
+WRONG_EXPERTS = [
+    ({"num_experts_per_tok": 7}, "config.json: 7 experts a token, but there are 6"),
+    ({"mlp_only_layers": [1, "2"]}, "'mlp_only_layers' must be a list of whole numbers from 0 up"),
+    ({"moe_intermediate_size": 0}, "'moe_intermediate_size' must be at least 1, not 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_EXPERTS)
+def test_wrong_experts_are_one_line_errors(goldens, change, message):
+    with pytest.raises(ValueError) as error:
+        config_from_hf(goldens["qwen3_moe"].json | change)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 WRONG = [

@@ -110,10 +110,18 @@ def test_factors_of_channels_do_not_hide_where_inputs_are_turned():
     assert [len(found) for found in folds] == [4, 3] and set(folds[1]) < set(folds[0])
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
-def test_norms_of_what_is_added_are_refused(goldens, name):
-    with pytest.raises(ValueError, match="^rotation: .*post_feedforward_layernorm.* without it$"):
-        rotatable(goldens[name].model(), "w4a16")
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("gemma2", "rotation: this model normalizes what each block adds"),
+        ("gemma3", "rotation: this model normalizes what each block adds"),
+        ("mixtral", "rotation: the norm before the experts feeds their router, too"),
+        ("qwen3_moe", "rotation: the norm before the experts feeds their router, too"),
+    ],
+)
+def test_streams_that_no_rotation_passes_through_are_refused(goldens, name, line):
+    with pytest.raises(ValueError, match=line):
+        rotatable(goldens[name].model(), "w4a16-g8")
 
 
 def test_a_tied_head_has_to_be_untied_first(odd):

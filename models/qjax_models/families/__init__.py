@@ -5,14 +5,26 @@ from collections.abc import Callable, Mapping
 
 from qjax_models.config import DecoderConfig
 from qjax_models.config_json import shown
-from qjax_models.families import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3
+from qjax_models.families import (
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 
 # `model_type` of config.json -> its reader.
 FAMILIES: Mapping[str, Callable[[Mapping[str, object]], DecoderConfig]] = {
     "llama": llama.from_hf,
     "mistral": mistral.from_hf,
+    "mixtral": mixtral.from_hf,
     "qwen2": qwen2.from_hf,
     "qwen3": qwen3.from_hf,
+    "qwen3_moe": qwen3_moe.from_hf,
     "gemma2": gemma2.from_hf,
     "gemma3_text": gemma3.from_hf,
     "gemma3": gemma3.text_part,

@@ -7,10 +7,13 @@ import math
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from qjax import quantize_model
 from qjax_checkpoints.load import load
+from qjax_checkpoints.parameters import stored_values
 from qjax_checkpoints.tokenizer import load_tokenizer
+from qjax_models import Decoder, config_from_hf
 from qjax_models.generate import Generator
 
 
@@ -195,3 +198,34 @@ def test_help_lists_the_commands_without_importing_jax(qjax):
     assert shown.status == 0
     for command in ("demo", "quantize", "eval", "generate", "inspect"):
         assert command in shown.out
+
+
+def test_experts_are_calibrated_as_asked(qjax, source, tokens, tmp_path):
+    """And every command takes the model; at 120 tokens an expert or two see fewer than they need."""
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1}
+    config |= {"moe_intermediate_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    model = Decoder(config_from_hf(config), rngs=nnx.Rngs(0))
+    tensors = {
+        name: np.array(value.T if layout == "linear" else value)
+        for name, layout, value in stored_values(model)
+    }
+    safetensors.numpy.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    rules = tmp_path / "rules.json"
+    rules.write_text('[[".*experts.*", "w4a16-g32"]]')
+    options = ("--recipe", rules, "--method", "gptq", "--calib", tokens, "--json")
+    done = qjax("quantize", source, tmp_path / "routed", *options)
+    assert done.status == 0 and done.json["quantized"] == 12, done.err
+    assert "calibration tokens for 64 inputs: filled up with the average of all" in done.err
+    assert "model/layers/0/mlp/gate stays as it is: no rule names it" in done.err
+    done = qjax("quantize", source, tmp_path / "all", *options, "--experts", "all")
+    assert done.status == 0 and "calibration tokens" not in done.err
+    report = json.loads((tmp_path / "all" / "qjax_report.json").read_text())
+    rows = {x["calibration_rows"] for x in report["layers"] if "/experts/" in x["path"]}
+    assert rows == {5 * 24}
+
+    judged = qjax("eval", tmp_path / "all", "--tokens", tokens, "--baseline", source, "--json")
+    assert judged.status == 0 and 0 < judged.json["kl"] < 0.01, judged.err
+    spoken = qjax("generate", tmp_path / "all", "--prompt", "abc", "--max-new", 3, "--json")
+    assert spoken.status == 0 and spoken.json["new_tokens"] == 3, spoken.err
