@@ -25,15 +25,13 @@ from qjax_checkpoints.save import save
 from qjax_checkpoints.streaming import StreamedStorage
 from qjax_models import blockwise, rotatable
 
-pytestmark = (
-    pytest.mark.one_version
-)  # files; what depends on jax, test_sequential asks of every version
+# Files; what depends on jax, test_sequential asks of every version.
+pytestmark = pytest.mark.one_version
 
 RULES = [["lm_head", "w8a16-channel"], [".*layers/1/mlp.*", None], [".*", "w4a16-g16"]]
 ALL_LINKS = replace(
     Method.parse("rotation+awq+gptq"), learned=learned_rounding.Options(steps=5, batch=1)
 )
-LEARNED = Method(learned=learned_rounding.Options(steps=5, batch=1))
 TOKENS = np.random.default_rng(0).integers(0, 97, (6, 16)).astype(np.int32)
 
 
@@ -83,12 +81,9 @@ class Stopped(BaseException):
 @pytest.mark.parametrize(
     ("scheme", "method", "dtype"),
     [
-        ("w4a16-g16", "rtn", np.float32),
-        ("w4a16-g16", "gptq", np.float32),
+        ("nvfp4", "rtn", np.float32),
         ("w3a16-g16-asym", "awq", jax.numpy.bfloat16),
         ("w8a8", "smoothquant+gptq", jax.numpy.bfloat16),
-        ("nvfp4", "awq+gptq", np.float32),
-        ("w4a16-g16", LEARNED, np.float32),
         pytest.param("w4a16-g16", ALL_LINKS, jax.numpy.bfloat16, id="all links"),
     ],
 )
@@ -204,7 +199,7 @@ class Snapshots:
             path.mkdir(parents=True) if content is None else path.write_bytes(content)
 
 
-def test_a_kill_at_any_moment_shows_in_no_byte(llama, tmp_path, method="awq+gptq"):
+def test_a_kill_at_any_moment_shows_in_no_byte(llama, tmp_path, method="gptq"):
     source, out = llama(), tmp_path / "out"
     with pytest.MonkeyPatch.context() as monkeypatch:
         snapshots = Snapshots(tmp_path, tmp_path / ".out.partial", monkeypatch)
@@ -217,7 +212,7 @@ def test_a_kill_at_any_moment_shows_in_no_byte(llama, tmp_path, method="awq+gptq
     assert set(finished) == {0, 1, 2, 3, 4}  # two blocks, the head, the table of tokens
     # All around each moment at which a part becomes finished, and some of the others.
     turns = [i for i, (a, b) in enumerate(zip(finished, finished[1:], strict=False)) if a != b]
-    chosen = {0, 2, 5, len(states) - 3, len(states) - 1}
+    chosen = {0, 5, len(states) - 1}
     chosen |= {i + j for i in turns for j in (0, 1)}
     for i in sorted(chosen):
         shutil.rmtree(out)
@@ -230,6 +225,9 @@ def test_a_kill_at_any_moment_shows_in_no_byte(llama, tmp_path, method="awq+gptq
 def peak_of_live_arrays(monkeypatch, run) -> int:
     """The most bytes of arrays alive whenever a part was brought or taken."""
     gc.collect()
+    earlier = (
+        jax.live_arrays()
+    )  # held, or what other tests left might be given back while this one runs
     before, peak = live_bytes(), [0]
 
     def watched(method):
@@ -245,6 +243,7 @@ def peak_of_live_arrays(monkeypatch, run) -> int:
             for name in ("load", "keep", "recall", "release"):
                 patch.setattr(kind, name, watched(getattr(kind, name)))
         run()
+    del earlier
     return peak[0]
 
 
@@ -254,7 +253,7 @@ def live_bytes() -> int:
 
 def test_memory_does_not_grow_with_the_number_of_blocks(llama, tmp_path, monkeypatch):
     peaks, whole = [], []
-    for layers in (2, 6):
+    for layers in (2, 4):
         source = llama(num_hidden_layers=layers)
 
         def streamed(source=source, layers=layers):
@@ -270,7 +269,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(llama, tmp_path, monkeyp
         shutil.rmtree(source)
     block = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32)
     assert peaks[1] < peaks[0] + block / 10
-    assert whole[1] > whole[0] + 4 * block  # that is seen when it happens
+    assert whole[1] > whole[0] + 1.5 * block  # that is seen when it happens
     hessians, activations, table = 4 * (3 * 32**2 + 64**2), 4 * 96 * 32, 4 * 97 * 32
     assert peaks[1] < 3 * (block + hessians) + 2 * activations + table
 

@@ -4,6 +4,9 @@ from flax import nnx
 from qjax_models import Decoder
 from qjax_models.names import hf_tensors
 
+# Of attention and MLP, the head, routers, experts.
+LINEAR = tuple(f"{name}.weight" for name in ("proj", "lm_head", "gate", "w1", "w2", "w3"))
+
 
 def test_names_are_those_of_the_checkpoint(golden):
     model = Decoder.abstract(golden.config)
@@ -14,7 +17,7 @@ def test_names_are_those_of_the_checkpoint(golden):
     for name, (path, layout) in names.items():
         stored = golden.tensors[name].shape
         assert state[path].shape == (stored[::-1] if layout == "linear" else stored), name
-        assert (layout == "linear") == ("proj.weight" in name or name == "lm_head.weight")
+        assert (layout == "linear") == name.endswith(LINEAR), name
 
 
 def test_tied_models_have_no_head(goldens):

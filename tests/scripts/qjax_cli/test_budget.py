@@ -6,6 +6,8 @@ import json
 import pytest
 import safetensors.numpy
 
+pytestmark = pytest.mark.one_version  # whole commands; the parts have tests of their own
+
 CANDIDATES = ("--candidates", "w3a16-g32", "w4a16-g32", "w8a16-g32")
 
 

@@ -61,6 +61,7 @@ def test_quantized_directory_is_smaller_complete_and_as_good_as_in_memory(
     assert spoken.json["new_tokens"] == 5 and isinstance(spoken.json["text"], str)
 
 
+@pytest.mark.one_version  # whole commands; the parts have tests of their own
 @pytest.mark.parametrize(
     ("method", "chain"),
     [("gptq", "gptq"), ("awq+gptq", "awq+gptq"), ("best", "gptq+learned")],
@@ -82,6 +83,7 @@ def test_calibrated_methods(qjax, source, tokens, tmp_path, method, chain):
     assert judged.status == 0 and 0 < judged.json["kl"] < 0.5
 
 
+@pytest.mark.one_version  # whole commands; the parts have tests of their own
 def test_inputs_with_outliers_stay_in_16_bits(qjax, source, tokens, tmp_path):
     """In a model whose norms make two of 64 inputs large, and whose weights make up for it."""
     weights = safetensors.numpy.load_file(source / "model.safetensors")
@@ -112,6 +114,7 @@ def test_inputs_with_outliers_stay_in_16_bits(qjax, source, tokens, tmp_path):
             assert held["runs_as"].endswith("; 2 inputs in bfloat16")
 
 
+@pytest.mark.one_version  # whole commands; the parts have tests of their own
 def test_a_rotated_model_says_what_became_of_its_tied_head(qjax, source, tokens, tmp_path):
     out = tmp_path / "out"
     done = qjax("quantize", source, out, "--scheme", "w8a16-channel", "--method", "rotation")
@@ -200,6 +203,7 @@ def test_help_lists_the_commands_without_importing_jax(qjax):
         assert command in shown.out
 
 
+@pytest.mark.one_version  # whole commands; the parts have tests of their own
 def test_experts_are_calibrated_as_asked(qjax, source, tokens, tmp_path):
     """And every command takes the model; at 120 tokens an expert or two see fewer than they need."""
     config = json.loads((source / "config.json").read_text())

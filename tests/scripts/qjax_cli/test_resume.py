@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.one_version  # whole commands; the parts have tests of their own
+
 PROGRAM = "from qjax_cli.main import entry; entry()"
 
 

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model loses in each scheme by each method, and what that takes: the table of docs/quality.md.
+
+    python scripts/benchmarks/quality.py --page docs/quality.md
+
+Runs the commands as a user would, `qjax quantize` and `qjax eval`, each in a process of its own, on the
+model that ships with qjax; with ``--peer`` llm-compressor on the same tokens too, which needs the extra
+`interop`, and whose result `qjax eval` judges likewise. Rows are kept in a file as they are measured,
+and what it has is not measured again; the page is written from it after each.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+
+from qjax_checkpoints import shipped
+from qjax_checkpoints.tokenizer import load_tokenizer
+from qjax_cli import text
+
+CALIBRATION, EVALUATION, LENGTH = 64, 24, 512  # windows, windows, tokens
+# Schemes with the methods that they are measured with, and what llm-compressor calls the same.
+ROWS = {
+    "w4a16-g128": ("rtn", "gptq", "awq", "awq+gptq", "rotation+gptq", "best"),
+    "w4a16-g128-asym": ("rtn", "gptq", "awq", "awq+gptq"),
+    "w3a16-g128": ("rtn", "gptq", "best"),
+    "w2a16-g64": ("rtn", "gptq", "best"),
+    "w8a8": ("rtn", "smoothquant", "llm-int8"),
+    "w4a8": ("rtn", "gptq", "best"),
+    "w4a4": ("rtn", "rotation", "rotation+gptq"),
+    "fp8-dynamic": ("rtn",),
+    "nvfp4": ("rtn", "gptq"),
+    "mxfp4": ("rtn", "gptq"),
+}
+PEER_ROWS = {
+    "w4a16-g128": ("gptq", "awq"),
+    "w4a16-g128-asym": ("gptq", "awq"),
+    "w3a16-g128": ("gptq",),
+    "w8a8": ("smoothquant",),
+}
+# Run by a process of its own: model, scheme, method, tokens, output.
+_PEER = """
+import sys, numpy as np
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+
+IntermediatesCache.pin_memory = lambda self, *args, **options: None  # asks for an accelerator
+model, scheme, method, tokens, output = sys.argv[1:]
+weights = dict(num_bits=int(scheme[1]), type="int", symmetric="asym" not in scheme, strategy="group",
+               group_size=128, dynamic=False)
+held = dict(config_groups={"group_0": dict(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
+recipe = {
+    "gptq": lambda: [GPTQModifier(**held)],
+    "awq": lambda: [AWQModifier(duo_scaling=True, n_grid=20), QuantizationModifier(**held)],
+    "smoothquant": lambda: [
+        SmoothQuantModifier(smoothing_strength=0.8),
+        QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+    ],
+}[method]()
+ids = np.load(tokens)
+data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
+oneshot(model=model, recipe=recipe, output_dir=output, dataset=data, num_calibration_samples=len(ids),
+        max_seq_length=ids.shape[1], batch_size=1, shuffle_calibration_samples=False)
+"""
+_PAGE = """\
+# Quality
+
+What the model that ships with qjax loses. {{ calibration }} tokens of the Python standard library are
+calibrated on; perplexity is that of {{ evaluation }} others, of modules that neither training nor
+calibration saw, {{ unquantized }} unquantized. KL is the mean divergence of the output from the
+unquantized model's, in nats a token. Seconds are those of the whole command, start and compilation
+included; MB those of the quantized layers. {{ machine }}.
+
+Made by `scripts/benchmarks/quality.py --peer`, which runs the commands as a user would.
+
+{% for scheme, lines in schemes.items() %}
+| {{ scheme }} | perplexity | change | KL | seconds | MB |
+|---|---|---|---|---|---|
+{% for line in lines %}
+{{ line }}
+{% endfor %}
+
+{% endfor %}
+"""
+
+
+def main() -> None:
+    """Measures what is not yet in the file of rows, and writes the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rows", type=Path, default=Path("quality.jsonl"))
+    parser.add_argument("--page", type=Path, default=Path("docs/quality.md"))
+    parser.add_argument("--scheme", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--peer", action="store_true", help="llm-compressor, too")
+    args = parser.parse_args()
+    wanted = [("qjax", scheme, method) for scheme in args.scheme for method in ROWS[scheme]]
+    if args.peer:
+        by = f"llm-compressor {importlib.metadata.version('llmcompressor')}"
+        wanted += [(by, scheme, m) for scheme in args.scheme for m in PEER_ROWS.get(scheme, ())]
+    rows = {}
+    if args.rows.exists():
+        rows = {_key(row): row for row in map(json.loads, args.rows.read_text().splitlines())}
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study.begin(Path(folder))
+        for key in wanted:
+            if key in rows:
+                continue
+            rows[key] = study.row(*key)
+            print(json.dumps(rows[key]), flush=True)
+            with args.rows.open("a") as file:
+                file.write(json.dumps(rows[key]) + "\n")
+            args.page.write_text(page(list(rows.values()), study.unquantized))
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["by"], row["scheme"], row["method"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model, the tokens that it is measured on, and what it gives as it is.
+
+    Attributes:
+      source: its directory.
+      folder: where all that is written goes.
+      unquantized: its perplexity.
+    """
+
+    source: Path
+    folder: Path
+    unquantized: float
+
+    @staticmethod
+    def begin(folder: Path) -> "Study":
+        """The model that ships with qjax; tokens of different modules to calibrate and to judge."""
+        source = shipped.model_path()
+        vocab_size = json.loads((source / "config.json").read_text())["vocab_size"]
+        tokenizer = load_tokenizer(source, vocab_size=vocab_size)
+        windows = text.windows(shipped.evaluation_text(), tokenizer, LENGTH)
+        np.save(folder / "calibration.npy", windows[:CALIBRATION])
+        np.save(folder / "evaluation.npy", windows[-EVALUATION:])
+        study = Study(source, folder, 0.0)
+        return replace(study, unquantized=study._judged(source)["perplexity"])
+
+    def row(self, by: str, scheme: str, method: str) -> dict[str, Any]:
+        """One row of the table: the model quantized, judged and thrown away."""
+        out, calibration = self.folder / "out", self.folder / "calibration.npy"
+        start = time.perf_counter()
+        if by == "qjax":
+            options = [] if method in ("rtn", "rotation") else ["--calib", calibration]
+            whole = method == "llm-int8" or (scheme == "w4a4" and method != "rtn")
+            options += ["--format", "orbax"] if whole else []
+            _qjax("quantize", self.source, out, "--scheme", scheme, "--method", method, *options)
+        else:
+            command = [sys.executable, "-c", _PEER, self.source, scheme, method, calibration, out]
+            _run(command, self.folder)
+        seconds = time.perf_counter() - start
+        judged = self._judged(out, "--baseline", self.source)
+        layers = _qjax("inspect", out)["layers"]
+        shutil.rmtree(out)
+        return {
+            "by": by, "scheme": scheme, "method": method, "seconds": round(seconds, 1),
+            "perplexity": judged["perplexity"], "kl": judged["kl"],
+            "bytes": sum(layer["bytes"] for layer in layers if layer["scheme"]),
+            "change": 100 * (judged["perplexity"] / self.unquantized - 1),
+        }  # fmt: skip
+
+    def _judged(self, model: Path, *options: object) -> dict[str, Any]:
+        tokens = self.folder / "evaluation.npy"
+        return _qjax("eval", model, "--tokens", tokens, "--dtype", "float32", *options)
+
+
+def _qjax(*words: object) -> dict[str, Any]:
+    """The JSON that a command gives."""
+    return json.loads(_run([sys.executable, "-m", "qjax_cli.main", *words, "--json"]))
+
+
+def _run(command: Sequence[object], folder: Path | None = None) -> str:
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, text=True, capture_output=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command} failed: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def page(rows: Sequence[dict[str, Any]], unquantized: float) -> str:
+    """The page of all rows, a table for each scheme."""
+    lines = {name: [_line(row) for row in rows if row["scheme"] == name] for name in ROWS}
+    template = jinja2.Template(_PAGE, trim_blocks=True, keep_trailing_newline=True)
+    return template.render(
+        schemes={name: some for name, some in lines.items() if some},
+        unquantized=f"{unquantized:.3f}",
+        calibration=f"[{CALIBRATION}, {LENGTH}]",
+        evaluation=f"[{EVALUATION}, {LENGTH}]",
+        machine=f"{os.cpu_count()} CPU cores, jax {jax.__version__}, {datetime.date.today()}",
+    )
+
+
+def _line(row: dict[str, Any]) -> str:
+    method = row["method"] if row["by"] == "qjax" else f"{row['method']}, {row['by']}"
+    cells = (
+        method, f"{row['perplexity']:.3f}", f"{row['change']:+.2f} %", f"{row['kl']:.4f}",
+        f"{row['seconds']:.0f}", f"{row['bytes'] / 1e6:.2f}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
