@@ -224,10 +224,6 @@ def test_a_kill_at_any_moment_shows_in_no_byte(llama, tmp_path, method="gptq"):
 
 def peak_of_live_arrays(monkeypatch, run) -> int:
     """The most bytes of arrays alive whenever a part was brought or taken."""
-    gc.collect()
-    earlier = (
-        jax.live_arrays()
-    )  # held, or what other tests left might be given back while this one runs
     before, peak = live_bytes(), [0]
 
     def watched(method):
@@ -243,11 +239,11 @@ def peak_of_live_arrays(monkeypatch, run) -> int:
             for name in ("load", "keep", "recall", "release"):
                 patch.setattr(kind, name, watched(getattr(kind, name)))
         run()
-    del earlier
     return peak[0]
 
 
 def live_bytes() -> int:
+    gc.collect()  # what waits for it is no use of memory, and when it comes depends on tests before
     return sum(array.nbytes for array in jax.live_arrays())
 
 
