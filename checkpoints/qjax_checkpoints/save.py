@@ -153,10 +153,9 @@ def written_bytes(model: Decoder, format: str) -> dict[str, int]:
 def plain_config(model: Decoder, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the configuration of the model as if nothing were quantized, with its dtype and head."""
     config = {key: value for key, value in config.items() if key != "quantization_config"}
-    if (
-        model.config.tied_embeddings != config_from_hf(config).tied_embeddings
-    ):  # its head was untied
-        config["tie_word_embeddings"] = model.config.tied_embeddings
+    tied = model.config.tied_embeddings
+    if tied != config_from_hf(config).tied_embeddings:  # its head was untied
+        config["tie_word_embeddings"] = tied
     dtype = str(np.dtype(model.model.activations))
     # transformers before version 5 calls it torch_dtype.
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]

@@ -19,11 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qjax import observation
 from qjax.nnx_layers import Router
-from qjax_models.cache import LayerKV
 from qjax_models.config import Activation, DecoderConfig, ExpertsConfig
 from qjax_models.expert_blocks import mixed
-from qjax_models.layers import Attention, Numerics, RMSNorm, activate, linear
-from qjax_models.rope import Rotation
+from qjax_models.layers import Numerics, PreNorm, activate, linear
 
 
 class Routing(NamedTuple):
@@ -137,18 +135,15 @@ class Experts(nnx.Module):
         return y
 
 
-class ExpertsBlock(nnx.Module):
+class ExpertsBlock(PreNorm):
     """x + attention(norm(x)), then x + experts(norm(x))."""
 
     def __init__(self, config: DecoderConfig, layer: int, numerics: Numerics, rngs: nnx.Rngs):
         """Block number `layer`, which has experts."""
+        super().__init__(config, layer, numerics, rngs)
         experts = config.experts_of(layer)
         assert experts is not None
         self.experts_name = experts.names.layer
-        self.input_layernorm = RMSNorm(config.hidden_size, config, numerics)
-        self.self_attn = Attention(config, layer, numerics, rngs)
-        # The published name: it follows the attention, but normalizes the input of the experts.
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, numerics)
         setattr(self, self.experts_name, Experts(config, experts, numerics, rngs))
 
     @property
@@ -156,14 +151,7 @@ class ExpertsBlock(nnx.Module):
         """The router and its experts, by whatever name."""
         return getattr(self, self.experts_name)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        angles: Rotation,
-        positions: Int[Array, "#B T"],
-        cached: LayerKV | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerKV]:
-        """One block; arguments as those of `Attention`."""
-        mixed, kv = self.self_attn(self.input_layernorm(x), angles, positions, cached)
-        x = x + mixed
-        return x + self.sparse(self.post_attention_layernorm(x)), kv
+    @property
+    def transform(self) -> Experts:
+        """Likewise."""
+        return self.sparse

@@ -4,6 +4,7 @@
 Attribute names are those of the Hugging Face tensors, so that a parameter's path is its name there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -232,16 +233,20 @@ def activate(kind: Activation, x: Float[Array, "*shape"]) -> Float[Array, "*shap
             return jax.nn.gelu(x, approximate=False)
 
 
-class PreNormBlock(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class PreNorm(nnx.Module):
+    """x + attention(norm(x)), then x + f(norm(x)), of whatever `f` a block makes its `transform`."""
 
     def __init__(self, config: DecoderConfig, layer: int, numerics: Numerics, rngs: nnx.Rngs):
-        """Block number `layer`."""
+        """Block number `layer`, without what follows the attention."""
         self.input_layernorm = RMSNorm(config.hidden_size, config, numerics)
         self.self_attn = Attention(config, layer, numerics, rngs)
-        # The published name: it follows the attention, but normalizes the input of the MLP.
+        # The published name: it follows the attention, but normalizes the input of what comes then.
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, numerics)
-        self.mlp = GatedMLP(config, numerics, rngs)
+
+    @property
+    def transform(self) -> Callable[[Array], Array]:
+        """What transforms each token by itself."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -253,7 +258,21 @@ class PreNormBlock(nnx.Module):
         """One block; arguments as those of `Attention`."""
         mixed, kv = self.self_attn(self.input_layernorm(x), angles, positions, cached)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        return x + self.transform(self.post_attention_layernorm(x)), kv
+
+
+class PreNormBlock(PreNorm):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, layer: int, numerics: Numerics, rngs: nnx.Rngs):
+        """Block number `layer`."""
+        super().__init__(config, layer, numerics, rngs)
+        self.mlp = GatedMLP(config, numerics, rngs)
+
+    @property
+    def transform(self) -> GatedMLP:
+        """The MLP."""
+        return self.mlp
 
 
 class SandwichNormBlock(nnx.Module):

@@ -123,12 +123,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         study = Study.begin(Path(folder))
         for key in wanted:
-            if key in rows:
-                continue
-            rows[key] = study.row(*key)
-            print(json.dumps(rows[key]), flush=True)
-            with args.rows.open("a") as file:
-                file.write(json.dumps(rows[key]) + "\n")
+            if key not in rows:
+                rows[key] = study.row(*key)
+                print(json.dumps(rows[key]), flush=True)
+                with args.rows.open("a") as file:
+                    file.write(json.dumps(rows[key]) + "\n")
             args.page.write_text(page(list(rows.values()), study.unquantized))
 
 
