@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Shaped
 from qjax import formats, ranges, tiles
 from qjax.formats import Format
 from qjax.scheme import ActivationScheme
+from qjax.straight_through import straight_through
 
 
 class Quantized(NamedTuple):
@@ -74,3 +75,21 @@ def dequantize(q: Quantized) -> Float[Array, "..."]:
     """The float32 activations that the codes stand for."""
     tile = tuple(-(-n // s) for n, s in zip(q.codes.shape, q.scale.shape, strict=True))
     return formats.decode(q.codes, q.format) * tiles.spread(q.scale, tile, q.codes.shape)
+
+
+def fake_quantize(
+    x: Float[Array, "*shape"], scheme: ActivationScheme, axis: tuple[int, ...]
+) -> Float[Array, "*shape"]:
+    """What a product makes of activations by quantizing them, in their dtype; its gradient is one.
+
+    A scale follows its token, so that nothing lies beyond it and nothing is cut off.
+
+    Args:
+      x: activations.
+      scheme: format, and whether scales are per token or per group.
+      axis: the axes that the product sums over.
+
+    Raises:
+      ValueError: as :func:`quantize` does.
+    """
+    return straight_through(x, dequantize(quantize(x, scheme, axis)).astype(x.dtype))

@@ -20,6 +20,9 @@ from qjax.qtensor import QTensor
 QuantizableLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Embed
 
 
+_NEEDS_ONE_WEIGHT = "one weight for all rows is needed; this layer has a batch of them"
+
+
 class Router(nnx.Linear):
     """A linear layer whose outputs choose which experts a token goes to.
 
@@ -107,6 +110,10 @@ def rows_of(layer: QuantizableLayer, x: Num[Array, "..."]) -> Num[Array, "rows k
     return jnp.transpose(x, (*kept, *summed)).reshape(-1, k)
 
 
+# Which axes of a layer's input a product sums over: counted from either end, or an einsum's equation.
+SummedInput = tuple[int, ...] | str
+
+
 def summed_axes(layer: QuantizableLayer, ndim: int) -> tuple[int, ...]:
     """The axes of a layer's input that its product sums over, in the order of its weight's.
 
@@ -117,29 +124,45 @@ def summed_axes(layer: QuantizableLayer, ndim: int) -> tuple[int, ...]:
     Raises:
       ValueError: the layer multiplies a batch of weights, or stacked ones.
     """
+    if stacked_axes(layer):
+        raise ValueError(_NEEDS_ONE_WEIGHT)
+    return summed_in(summed_input(layer), ndim)
+
+
+def summed_input(layer: QuantizableLayer) -> SummedInput:
+    """The same for inputs of any number of axes, as a value; of stacked layers, for one of them.
+
+    Raises:
+      ValueError: the layer multiplies a batch of weights.
+    """
     match layer:
-        case nnx.Linear() if stacked_axes(layer) == 0:
-            return (ndim - 1,)
-        case nnx.LinearGeneral() if stacked_axes(layer) == 0 and not layer.batch_axis:
-            return tuple(sorted(a % ndim for a in layer.axis))
-        case nnx.Einsum() if stacked_axes(layer) == 0:
-            return _summed_of_input(layer, ndim)
-    raise ValueError("calibration needs one weight for all rows; this layer has a batch of them")
+        case nnx.Linear():
+            return (-1,)
+        case nnx.LinearGeneral() if not layer.batch_axis:
+            return tuple(layer.axis)
+        case nnx.Einsum() if layer.einsum_str is not None:
+            return layer.einsum_str.replace(" ", "")
+    raise ValueError(_NEEDS_ONE_WEIGHT)
 
 
-def _summed_of_input(layer: nnx.Einsum, ndim: int) -> tuple[int, ...]:
-    """The axes of an einsum's input that belong to the contraction axes of its kernel, in their order."""
-    operands = (layer.einsum_str or "").replace(" ", "").partition("->")[0]
+def summed_in(summed: SummedInput, ndim: int) -> tuple[int, ...]:
+    """The axes that :func:`summed_input` means in an input of so many.
+
+    >>> summed_in((-1,), 3), summed_in("...d,dhk->...hk", 3)
+    ((2,), (2,))
+
+    Raises:
+      ValueError: an equation multiplies a batch of weights.
+    """
+    if isinstance(summed, tuple):
+        return tuple(sorted(a % ndim for a in summed))
+    operands, _, result = summed.partition("->")
     given, kernel = operands.split(",")
     before, ellipsis, after = given.partition("...")
     letters = list(before) + [""] * (ndim - len(before + after) if ellipsis else 0) + list(after)
-    axes = contraction_axes(layer)
-    free = [c for i, c in enumerate(kernel) if i - len(kernel) not in axes]
-    if any(c in letters for c in free):
-        raise ValueError(
-            f"calibration needs one weight for all rows; {operands!r} has a batch of them"
-        )
-    return tuple(letters.index(kernel[a]) for a in axes)
+    if any(c in letters for c in kernel if c in result):
+        raise ValueError(f"{_NEEDS_ONE_WEIGHT}: {operands!r}")
+    return tuple(letters.index(c) for c in kernel if c not in result)
 
 
 def stacked_axes(layer: QuantizableLayer) -> int:
@@ -181,17 +204,28 @@ def share(layer: QuantizableLayer, holder: QuantizableLayer) -> None:
 
 
 def _hold(layer: QuantizableLayer, variable: nnx.Variable) -> None:
-    hooks: dict[str, Any]
+    kind = "embedding" if isinstance(layer, nnx.Embed) else "kernel"
+    # setattr, because Flax declares these attributes with the types it fills them with itself.
+    setattr(layer, kind, variable)
     match layer:
         case nnx.Embed():
-            hooks = {"embedding": variable, "promote_dtype": promote_table}
+            set_hooks(layer, promote_dtype=promote_table)
         case nnx.Einsum():
-            hooks = {"kernel": variable, "einsum_op": ops.einsum}
+            set_hooks(layer, promote_dtype=promote, einsum_op=ops.einsum)
         case _:
-            hooks = {"kernel": variable, "dot_general": ops.dot_general}
-    # setattr, because Flax declares these attributes with the types it fills them with itself.
-    for name, value in ({"promote_dtype": promote} | hooks).items():
-        setattr(layer, name, value)
+            set_hooks(layer, promote_dtype=promote, dot_general=ops.dot_general)
+
+
+def set_hooks(layer: QuantizableLayer, **hooks: Any) -> None:
+    """Sets hooks of a layer: functions, or modules whose variables are to be the model's.
+
+    Args:
+      layer: changed in place.
+      hooks: by the names of Flax's attributes.
+    """
+    for name, hook in hooks.items():
+        # Flax remembers of an attribute whether it held data, and a hook may have been a module before.
+        setattr(layer, name, nnx.data(hook) if isinstance(hook, nnx.Module) else nnx.static(hook))
 
 
 def quantized_layers(model: nnx.Module) -> dict[str, QTensor]:

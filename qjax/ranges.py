@@ -75,6 +75,7 @@ def find_grid(
     tile: tuple[int, ...],
     search: RangeSearch,
     hessian: Float[Array, "k k"] | None = None,
+    dtype: Any = None,
 ) -> Grid:
     """Chooses the scale and zero of each tile.
 
@@ -85,6 +86,7 @@ def find_grid(
       search: how the range is chosen.
       hessian: of the inputs of a ``[k, n]`` weight with tiles of inputs, for the output search; without
         it, and for other tiles, every input counts alike.
+      dtype: of float scales; None: the weight's.
 
     Returns:
       One entry a tile.
@@ -93,7 +95,7 @@ def find_grid(
     tensor_scale = _tensor_scale(low, high, scheme)
 
     def shrunk(shrink):
-        return _grid(low * shrink, high * shrink, scheme, w.dtype, tensor_scale)
+        return _grid(low * shrink, high * shrink, scheme, dtype or w.dtype, tensor_scale)
 
     if search.method == "mse":
         return shrunk(

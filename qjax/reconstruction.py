@@ -241,7 +241,5 @@ def _promote(
     """A layer's hook: what it multiplies, rounded as its scheme says, straight through."""
     x, *others = nnx_layers.promote(args, dtype=compute_dtype or dtype, inexact=inexact)
     if scheme is not None:
-        quantized = activations.quantize(x, scheme, nnx_layers.summed_axes(layer, x.ndim))
-        near = activations.dequantize(quantized).astype(x.dtype)
-        x = learned_rounding.straight_through(x, near)
+        x = activations.fake_quantize(x, scheme, nnx_layers.summed_axes(layer, x.ndim))
     return (x, *others)

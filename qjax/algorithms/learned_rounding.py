@@ -52,6 +52,7 @@ from jaxtyping import Array, Float, Shaped
 from qjax import formats, qtensor, tiles
 from qjax.formats import Format
 from qjax.qtensor import QTensor
+from qjax.straight_through import straight_through
 
 _INSIDE = 0.49  # of the way from a value to the next: as near to its cell's border as is safe
 
@@ -275,14 +276,3 @@ def _position(
     """Where weights lie among the values of their format."""
     position = w.astype(jnp.float32) / tiles.spread(step, tile, w.shape)
     return position if zero is None else position + tiles.spread(zero, tile, w.shape)
-
-
-# Not `smooth + stop_gradient(exact - smooth)`: that sum would round, and exact is meant.
-@jax.custom_jvp
-def straight_through(smooth: Float[Array, "*shape"], exact: Float[Array, "*shape"]):
-    """The second argument, with the gradient of the first."""
-    del smooth
-    return exact
-
-
-straight_through.defjvps(lambda tangent, result, smooth, exact: tangent, None)

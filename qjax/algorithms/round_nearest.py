@@ -28,6 +28,7 @@ def quantize(
     stacked: int = 0,
     search: RangeSearch = RangeSearch(),  # noqa: B008  frozen
     hessian: Float[Array, "k k"] | None = None,
+    dtype: Any = None,
     name: str = "array",
 ) -> QTensor:
     """Quantizes an array by rounding to nearest.
@@ -41,10 +42,12 @@ def quantize(
         gets the scales that it would get alone, and a scan takes them apart again.
       search: how the range of each tile is chosen.
       hessian: of the inputs that a ``[k, n]`` weight is multiplied with, for the output search.
+      dtype: logical dtype of the result; None: the weight's. Weights that train in float32 find their
+        codes unrounded.
       name: what errors call the array, such as its path in a model.
 
     Returns:
-      The QTensor, scales in ``w``'s dtype unless the scheme says otherwise.
+      The QTensor, scales in its dtype unless the scheme says otherwise.
 
     Raises:
       ValueError: NaN in ``w`` (checked where values are known, outside jit), a group size that does
@@ -62,7 +65,8 @@ def quantize(
         raise ValueError(f"{name}: need floats to quantize, got {w.dtype} of shape {w.shape}")
     axes = contraction(w.ndim - stacked, axis, name)
     tile = tile_of(w.shape[stacked:], parsed.weights, axes, name)
-    q, has_nan = _quantize(w, parsed, axes, tile, stacked, search, hessian)
+    dtype = jnp.dtype(dtype or w.dtype)
+    q, has_nan = _quantize(w, parsed, axes, tile, stacked, search, hessian, dtype=dtype)
     if not isinstance(has_nan, Tracer) and bool(has_nan):
         raise ValueError(f"{name}: NaN among the weights; a number is needed everywhere")
     return q
@@ -133,7 +137,9 @@ def contraction(ndim: int, axis: int | tuple[int, ...] | None, name: str) -> tup
     return tuple(a if a < 0 else a - ndim for a in axes)
 
 
-@functools.partial(jax.jit, static_argnames=("scheme", "axis", "tile", "stacked", "search"))
+@functools.partial(
+    jax.jit, static_argnames=("scheme", "axis", "tile", "stacked", "search", "dtype")
+)
 def _quantize(
     w: Float[Array, "..."],
     scheme: Scheme,
@@ -142,9 +148,11 @@ def _quantize(
     stacked: int,
     search: RangeSearch,
     hessian: Float[Array, "k k"] | None,
+    *,
+    dtype: Any,
 ) -> tuple[QTensor, Bool[Array, ""]]:
     def one(w: Float[Array, "..."]) -> QTensor:
-        grid = ranges.find_grid(w, scheme.weights, tile, search, hessian)
+        grid = ranges.find_grid(w, scheme.weights, tile, search, hessian, dtype)
         return QTensor.from_codes(
             ranges.encode(w, grid, scheme.weights.format, tile),
             grid.scale,
@@ -153,7 +161,7 @@ def _quantize(
             format=scheme.weights.format,
             axis=axis,
             tile=tile,
-            dtype=w.dtype,
+            dtype=dtype,
             activations=scheme.activations,
         )
 
