@@ -6,6 +6,7 @@ Whether the tensors lie in one `model.safetensors` or in shards under a
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,20 @@ def check_directory(path: Path) -> None:
         raise ValueError(f"{path}: not a directory; give the directory that holds {CONFIG_FILE}")
     if not (path / CONFIG_FILE).is_file():
         raise ValueError(f"{path}: not a model directory: it has no {CONFIG_FILE}")
+
+
+def fingerprint(path: Path) -> str:
+    """The files of a directory by size and time: reading them all again would take minutes.
+
+    Raises:
+        ValueError: it is no model directory.
+    """
+    check_directory(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    config = (path / CONFIG_FILE).read_bytes()
+    digest = hashlib.sha256(repr(seen).encode() + config).hexdigest()[:12]
+    return f"{len(seen)} files of {sum(size for _, size, _ in seen)} bytes ({digest})"
 
 
 def _indexed_files(path: Path) -> dict[str, SafetensorsFile]:

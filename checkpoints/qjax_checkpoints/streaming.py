@@ -33,7 +33,7 @@ from qjax_checkpoints.atomic import check_space, flush
 from qjax_checkpoints.compressed_tensors.config import read_config
 from qjax_checkpoints.compressed_tensors.read import fill_compressed
 from qjax_checkpoints.compressed_tensors.write import compressed, encoded
-from qjax_checkpoints.directory import CONFIG_FILE, ModelDirectory, open_directory
+from qjax_checkpoints.directory import CONFIG_FILE, ModelDirectory, fingerprint, open_directory
 from qjax_checkpoints.json_file import read_json, write_json
 from qjax_checkpoints.outline import outline, shapes
 from qjax_checkpoints.parameters import check_values, fill, stored_name
@@ -210,7 +210,7 @@ def identify(
         recipe = json.dumps(rules)
     windows, length = tokens.shape
     return {
-        "source": _fingerprint(source),
+        "source": fingerprint(source.path),
         "recipe": recipe,
         "method": method.name,
         "exact method": repr(method),
@@ -235,15 +235,6 @@ def completed(out: Path, identity: Mapping[str, str]) -> QuantizationReport | No
         return None
     shutil.rmtree(partial_path(out), ignore_errors=True)
     return QuantizationReport.from_json(report)
-
-
-def _fingerprint(source: ModelDirectory) -> str:
-    """The files of a directory by size and time: reading them all again would take minutes."""
-    paths = sorted({file.path for file in source.files.values()})
-    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    config = (source.path / CONFIG_FILE).read_bytes()
-    size = sum(size for _, size, _ in seen)
-    return f"{len(seen)} files of {size} bytes ({_hash(repr(seen).encode() + config)})"
 
 
 def _hash(data: bytes) -> str:

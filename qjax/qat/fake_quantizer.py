@@ -117,9 +117,7 @@ def with_hooks(model: Model, recipe: Recipe, dtype: Any = None) -> Model:
     return result
 
 
-def trainable(
-    model: Model, *, learned: bool = True, dtype: Any = jnp.float32
-) -> Model:
+def trainable(model: Model, *, learned: bool = True, dtype: Any = jnp.float32) -> Model:
     """A quantized model as one that trains, beginning with exactly its codes.
 
     Weights are parameters again, with the values of the QTensors, and so is everything else; the layers'
@@ -127,7 +125,7 @@ def trainable(
 
     Args:
       model: with QTensors; left as it is.
-      learned: whether scales and zeros are trained (LSQ); else only weights are, on the grids as they are.
+      learned: whether scales and zeros are trained (LSQ); else weights are, on the grids as they are.
       dtype: of all parameters while they train.
 
     Raises:
@@ -158,7 +156,9 @@ def trainable(
             hooks[id(held)] = nnx.Param(qtensor.dequantize(q, dtype)), hook
         _train(layer, *hooks[id(held)])
     if not hooks:
-        raise ValueError("no layer of the model is quantized: qjax.fake_quant begins with plain weights")
+        raise ValueError(
+            "no layer of the model is quantized: qjax.fake_quant begins with plain weights"
+        )
     _cast(result, dtype)
     return result
 
@@ -187,7 +187,9 @@ def quantized(model: Model, dtype: Any = None) -> Model:
             nnx_layers.install(layer, hook.quantized(held.get_value()))
             done[id(held)] = layer
     if not done:
-        raise ValueError("no layer of the model trains with fake quantization: qjax.fake_quant first")
+        raise ValueError(
+            "no layer of the model trains with fake quantization: qjax.fake_quant first"
+        )
     if dtype is not None:
         _cast(result, dtype)
     return result
@@ -203,10 +205,10 @@ def _form(path: str, layer: QuantizableLayer, assigned: Assignment, dtype: Any) 
         axis = nnx_layers.contraction_axes(layer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    held = str(jnp.dtype(dtype or w.dtype))
     result = Form(
-        scheme=scheme, axis=axis, shape=w.shape[stacked:], dtype=str(jnp.dtype(dtype or w.dtype)),
-        name=path,
-    )  # fmt: skip
+        scheme=scheme, axis=axis, shape=w.shape[stacked:], dtype=held, scale_dtype=held, name=path
+    )
     _ = result.tile  # whether the group size divides the axis is known now, not in the first step
     return result
 
@@ -243,7 +245,9 @@ def _cast(model: nnx.Module, dtype: Any) -> None:
     """Casts every parameter that is an array of floats, but for learned scales, which stay float32."""
     for variable in nnx_layers.named_variables(model).values():
         value = variable.get_value()
-        if isinstance(variable, QuantizedParam | LearnedScale) or not isinstance(variable, nnx.Param):
+        if isinstance(variable, QuantizedParam | LearnedScale) or not isinstance(
+            variable, nnx.Param
+        ):
             continue
         if jnp.issubdtype(value.dtype, jnp.floating):
             variable.set_value(value.astype(dtype))

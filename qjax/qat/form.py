@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one weight that is trained is going to be held, and the two arrays that follow: what the model
-computes with while it trains, and the QTensor at the end. Both are made of the same codes.
+"""How a weight that trains is going to be held: its values until then, and the QTensor at the end.
+
+Both are made of the same codes.
 
     fake_quantize(w)  =  dequantize(quantize(w)),       d fake_quantize(w) / dw  =  1
 
@@ -10,9 +11,7 @@ largest weight of its tile, so nothing lies beyond and every gradient passes. Wi
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax import qtensor, ranges
@@ -24,8 +23,6 @@ from qjax.ranges import Grid
 from qjax.scheme import Scheme
 from qjax.straight_through import straight_through
 
-_SCALE_DTYPES = {"e4m3": "float8_e4m3fn", "e8m0": "float8_e8m0fnu"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
@@ -35,7 +32,8 @@ class Form:
       scheme: format, granularity, and what becomes of activations.
       axis: what a product sums over, counted from the end.
       shape: of one weight; those that are stacked have axes in front of it.
-      dtype: logical dtype of the QTensor, as its numpy name; float scales are rounded to it.
+      dtype: logical dtype of the QTensor, as its numpy name.
+      scale_dtype: of float scales that do not follow the weight; those that do have the logical one.
       name: what errors call the weight: its path.
     """
 
@@ -43,6 +41,7 @@ class Form:
     axis: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: str
+    scale_dtype: str
     name: str = "array"
 
     @property
@@ -53,11 +52,6 @@ class Form:
           ValueError: the group size does not divide the axis.
         """
         return round_nearest.tile_of(self.shape, self.scheme.weights, self.axis, self.name)
-
-    @property
-    def scale_dtype(self) -> Any:
-        """Dtype of stored scales."""
-        return jnp.dtype(_SCALE_DTYPES.get(self.scheme.weights.scale_format, self.dtype))
 
     @staticmethod
     def of(q: QTensor, name: str = "array") -> "Form":
@@ -77,7 +71,10 @@ class Form:
             )
         q = qtensor.plain(q)
         shape = q.shape[q.ndim - len(q.tile) :]
-        return Form(scheme=q.scheme, axis=q.axis, shape=shape, dtype=str(q.dtype), name=name)
+        return Form(
+            scheme=q.scheme, axis=q.axis, shape=shape, dtype=str(q.dtype),
+            scale_dtype=str(q.scale.dtype), name=name,
+        )  # fmt: skip
 
 
 def fake_quantize(
@@ -97,16 +94,17 @@ def fake_quantize(
       ValueError: the weight does not have the form's shape, or its group size does not divide it.
 
     Example:
-      >>> form = Form(scheme=Scheme.parse("w4a16-channel"), axis=(-2,), shape=(2, 1), dtype="float32")
+      >>> scheme = Scheme.parse("w4a16-channel")
+      >>> form = Form(
+      ...     scheme=scheme, axis=(-2,), shape=(2, 1), dtype="float32", scale_dtype="float32"
+      ... )
       >>> fake_quantize(jnp.array([[0.6], [-7.5]]), form).tolist()
       [[1.0], [-7.0]]
     """
     _check_shape(w, form)
     if grid is None:
         return straight_through(w, qtensor.dequantize(quantize(w, form), w.dtype))
-    return lsq.fake_quantize(
-        w, grid, form.scheme.weights.format, form.tile, dtype=form.scale_dtype
-    )
+    return lsq.fake_quantize(w, grid, form.scheme.weights.format, form.tile, dtype=form.scale_dtype)
 
 
 def quantize(w: Float[Array, "..."], form: Form, grid: LearnedGrid | None = None) -> QTensor:

@@ -111,14 +111,14 @@ def from_stored(grid: Grid) -> LearnedGrid:
       ValueError: scales are powers of two, which no small step reaches.
     """
     if grid.scale.dtype == jnp.float8_e8m0fnu:
-        raise ValueError("scales that are powers of two cannot be learned: no small step reaches the next")
+        raise ValueError(
+            "scales that are powers of two cannot be learned: no small step moves them"
+        )
     zero = None if grid.zero is None else grid.zero.astype(jnp.float32)
     return LearnedGrid(grid.scale.astype(jnp.float32), zero, grid.tensor_scale)
 
 
-def initial_step(
-    v: Float[Array, "..."], fmt: Format, tile: tuple[int, ...]
-) -> Float[Array, "..."]:
+def initial_step(v: Float[Array, "..."], fmt: Format, tile: tuple[int, ...]) -> Float[Array, "..."]:
     """LSQ's first step of each tile: ``2 <|v|> / sqrt(Q_P)``.
 
     Args:
@@ -132,7 +132,7 @@ def initial_step(
 def initial_weight_step(
     w: Float[Array, "..."], fmt: Format, tile: tuple[int, ...]
 ) -> Float[Array, "..."]:
-    """LSQ+'s first step of weights: ``max(|mean - 3 std|, |mean + 3 std|) / 2**(bits - 1)``, for each tile.
+    """LSQ+'s first step of each tile: ``max(|mean - 3 std|, |mean + 3 std|) / 2**(bits - 1)``.
 
     Args:
       w: weights.

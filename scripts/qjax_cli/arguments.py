@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Callable
 
+import qjax
+
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     """A whole number in a range.
@@ -69,3 +71,15 @@ def size(text: str) -> int:
     if found is None or found[2].lower() not in units:
         raise argparse.ArgumentTypeError(f"must be a size such as 4GB or 3.5GiB, not {text!r}")
     return int(float(found[1]) * units[found[2].lower()])
+
+
+def scheme(name: str) -> qjax.Scheme:
+    """A scheme by its name.
+
+    >>> scheme("w4a16").name
+    'w4a16-g128'
+    """
+    try:
+        return qjax.Scheme.parse(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

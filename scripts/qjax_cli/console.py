@@ -82,9 +82,9 @@ class Bar:
         """One step further; `what` replaces the bar's text."""
         self._progress.update(self._task, advance=1, description=what)
 
-    def reach(self, done: int) -> None:
-        """Sets how many steps are done."""
-        self._progress.update(self._task, completed=done)
+    def reach(self, done: int, what: str | None = None) -> None:
+        """Sets how many steps are done; `what` replaces the bar's text."""
+        self._progress.update(self._task, completed=done, description=what)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -20,6 +20,7 @@ from qjax_cli.console import Console
 COMMANDS = {
     "demo": ("qjax_cli.demo.command", "the main job on the model that ships with qjax"),
     "quantize": ("qjax_cli.quantize", "make a smaller model directory"),
+    "qat": ("qjax_cli.qat.command", "train a model with fake quantization, save it quantized"),
     "eval": ("qjax_cli.eval", "perplexity on text or tokens, and distance from a baseline"),
     "generate": ("qjax_cli.generate", "continue a prompt"),
     "bench": (

@@ -57,7 +57,7 @@ from qjax_checkpoints.load import load, open_plain
 from qjax_checkpoints.parameters import abstract_plain
 from qjax_checkpoints.save import check_format, save
 from qjax_cli import budget, text
-from qjax_cli.arguments import whole_number
+from qjax_cli.arguments import scheme, whole_number
 from qjax_cli.console import Console
 from qjax_cli.text import read_text
 from qjax_models import Decoder, DecoderConfig, blockwise, rotatable
@@ -71,13 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="model directory, not quantized")
     parser.add_argument("output", metavar="OUT", type=Path, help="new directory; must not exist")
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--scheme", type=_scheme, help=f"for all layers: {SUPPORTED}")
+    how.add_argument("--scheme", type=scheme, help=f"for all layers: {SUPPORTED}")
     how.add_argument("--recipe", metavar="FILE", type=Path, help="JSON rules, see above")
     budget.add_arguments(how)
     parser.add_argument(
         "--candidates",
         metavar="SCHEME",
-        type=_scheme,
+        type=scheme,
         nargs="+",
         help=f"what a budget chooses among, beside leaving a layer as it is ({' '.join(CANDIDATES)})",
     )
@@ -327,13 +327,6 @@ def _summary(report: QuantizationReport, output: Path, seconds: float) -> str:
         f"{before:.2f} -> {after:.2f} MiB; largest error {worst.relative_output_error:.4f} in "
         f"{worst.path}; {seconds:.1f} s"
     )
-
-
-def _scheme(name: str) -> qjax.Scheme:
-    try:
-        return qjax.Scheme.parse(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _recipe(args: argparse.Namespace) -> qjax.Recipe:

@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 
 from qjax_checkpoints.json_file import read_json, write_json
 from qjax_checkpoints.shipped import evaluation_text
+from qjax_checkpoints.training_run import TrainingRun
 from qjax_models.names import hf_name, layout
 from shipped_model_training.bits_per_byte import Score, score
 from shipped_model_training.network import Network, Parameters, logits, unstacked
-from shipped_model_training.run_directory import Progress, RunDirectory
+from shipped_model_training.progress import LOG_COLUMNS, Progress
 from shipped_model_training.settings import ModelShape
 from shipped_model_training.tokenizer import bytes_of_tokens
 from shipped_model_training.training import restored_parameters
@@ -49,7 +50,7 @@ def export(
     Raises:
         ValueError: there is no run, or it has no checkpoint.
     """
-    run = RunDirectory(run_path)
+    run = TrainingRun(run_path, LOG_COLUMNS)
     parameters, network, progress = restored_parameters(run)
     rounded = jax.tree.map(lambda array: array.astype(jnp.bfloat16), parameters)
     out.mkdir(parents=True, exist_ok=True)
@@ -111,9 +112,7 @@ def _score(
         )
 
 
-def _run_facts(
-    run: RunDirectory, progress: Progress, description: dict[str, Any]
-) -> dict[str, Any]:
+def _run_facts(run: TrainingRun, progress: Progress, description: dict[str, Any]) -> dict[str, Any]:
     """Return what the run's own files say about it."""
     training = description["training"]
     losses = [float(row.split(",")[1]) for row in run.log_rows()]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from shipped_model_training.run_directory import Progress
+from shipped_model_training.progress import Progress
 from shipped_model_training.settings import TrainingSettings
 
 _SECONDS_PER_LINE = 15.0

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt16
 
+from qjax_checkpoints.training_run import TrainingRun
 from shipped_model_training.bits_per_byte import sum_of_nll
 from shipped_model_training.network import (
     Network,
@@ -26,8 +27,8 @@ from shipped_model_training.network import (
     make_network,
 )
 from shipped_model_training.optimizer import make_optimizer, schedule_factor
+from shipped_model_training.progress import LOG_COLUMNS, Progress
 from shipped_model_training.progress_bar import ProgressBar
-from shipped_model_training.run_directory import Progress, RunDirectory
 from shipped_model_training.settings import ModelShape, TrainingSettings
 from shipped_model_training.windows import training_windows
 
@@ -84,12 +85,12 @@ def train(
         raise ValueError(f"{budget.steps=} must be a multiple of {settings.steps_per_dispatch=}")
     tokens = jnp.asarray(load_tokens(work, shape.vocab_size, settings.context + 1))
     network = make_network(shape.hf_config(), settings.compute_dtype, settings.attention)
-    run_path.mkdir(parents=True, exist_ok=True)
-    run = RunDirectory(run_path)
+    run = TrainingRun(run_path, LOG_COLUMNS)
     run.begin({"shape": asdict(shape), "training": asdict(settings)}, resume)
     state, progress = _initial_state(network, settings), _begun(budget)
     if resume:
-        state, progress = run.latest(state)
+        state, notes = run.latest(state)
+        progress = Progress(**notes)
     run.rewind_log(progress.step)
     progress = replace(progress, sessions=progress.sessions + 1)
     take_steps = _compiled_steps(network, settings)
@@ -109,7 +110,7 @@ def train(
             paused = stop.is_set() or time.monotonic() - begun > budget.pause_after
             done = progress.step == progress.num_steps
             if paused or done or progress.step % budget.checkpoint_every == 0:
-                run.save(state, progress)
+                run.save(progress.step, state, asdict(progress))
             if paused:
                 break
     return progress
@@ -132,13 +133,13 @@ def load_tokens(work: Path, vocab_size: int, window: int) -> UInt16[np.ndarray, 
     return tokens
 
 
-def restored_parameters(run: RunDirectory) -> tuple[Parameters, Network, Progress]:
+def restored_parameters(run: TrainingRun) -> tuple[Parameters, Network, Progress]:
     """Read the parameters of a run's last checkpoint, with the network computing in float32."""
     description = run.description()
     settings = TrainingSettings(**description["training"])
     network = make_network(ModelShape(**description["shape"]).hf_config(), "float32", "batched")
-    state, progress = run.latest(_initial_state(network, settings))
-    return state["parameters"], network, progress
+    state, notes = run.latest(_initial_state(network, settings))
+    return state["parameters"], network, Progress(**notes)
 
 
 def _initial_state(network: Network, settings: TrainingSettings) -> PyTree:

@@ -124,8 +124,9 @@ def test_export_writes_what_was_trained(work: Path, finished: Path, tmp_path: Pa
     assert "lm_head.weight" not in tensors
     training = importlib.import_module("shipped_model_training.training")
     network_module = importlib.import_module("shipped_model_training.network")
-    run_directory = importlib.import_module("shipped_model_training.run_directory")
-    parameters, network, _ = training.restored_parameters(run_directory.RunDirectory(finished))
+    progress = importlib.import_module("shipped_model_training.progress")
+    begun = TrainingRun(finished, progress.LOG_COLUMNS)
+    parameters, network, _ = training.restored_parameters(begun)
     kernel = network_module.unstacked(network, parameters)["model/layers/1/mlp/down_proj/kernel"]
     exported = tensors["model.layers.1.mlp.down_proj.weight"].T
     assert np.array_equal(np.asarray(kernel).astype(ml_dtypes.bfloat16), exported)

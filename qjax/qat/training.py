@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantization-aware training of a language model, one step at a time.
+
+A step is a pure function of a :class:`State` and a batch of windows. Weights, and everything that is not
+quantized, move by Adam with decoupled decay of none; learned scales by Adam with a rate of their own,
+which is relative to their size. Both rates rise over the first steps and fall with a cosine to a tenth.
+
+After each step a weight that lies beyond the ends of a grid of its own is put back just inside: LSQ
+gives what lies at an end no gradient, and with four codes a third of all weights lie there.
+(BinaryConnect keeps its weights within their two codes the same way.)
+
+References:
+  Courbariaux, Bengio, David, BinaryConnect, NeurIPS 2015, https://arxiv.org/abs/1511.00363.
+  Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017,
+  https://arxiv.org/abs/1608.03983.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qjax import nnx_layers, tiles
+from qjax.qat import language_model
+from qjax.qat.fake_quantizer import FakeQuantizer, LearnedScale
+
+_LAST_RATE = 0.1  # share of the highest rate at the end
+_INSIDE = 0.01  # of the way between two codes: how far inside its grid a weight is kept
+_LEAST_SCALE = 1e-12  # size of a scale below which its steps no longer shrink with it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is trained; a run is a function of these, the model, the teacher and the windows.
+
+    Attributes:
+      steps: optimizer steps, at least 1.
+      batch: windows of a step.
+      rate: highest rate of weights, norms and embeddings.
+      scale_rate: highest rate of learned scales, as a share of their size.
+      warmup: steps over which rates rise.
+      distillation: share of the teacher in the loss, in [0, 1]; needs one if above 0.
+      clip: longest gradient, in its global norm.
+      seed: of the order of windows.
+    """
+
+    steps: int
+    batch: int = 16
+    rate: float = 5e-4
+    scale_rate: float = 2e-4
+    warmup: int = 20
+    distillation: float = 1.0
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):  # noqa: D105
+        if self.steps < 1 or self.batch < 1 or self.warmup < 0 or self.seed < 0:
+            raise ValueError(
+                f"need steps and a batch of 1 or more, no negative warmup or seed; got {self}"
+            )
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation is a share in [0, 1], got {self.distillation=}")
+        if min(self.rate, self.scale_rate, self.clip) <= 0:
+            raise ValueError(f"rates and the clip are positive, got {self}")
+
+
+class State(NamedTuple):
+    """All that changes in training; a pytree of arrays.
+
+    Attributes:
+      parameters: of the model: those of learned scales, and all others.
+      optimizer: its state.
+    """
+
+    parameters: dict[str, Any]
+    optimizer: Any
+
+
+class Trainer:
+    """A model that trains with fake quantization, its teacher and the settings.
+
+    Args:
+      model: with the hooks of :func:`qjax.fake_quant` or :func:`qjax.trainable`; from tokens to logits.
+      settings: how to train it.
+      teacher: gives the distributions to learn; None: the text alone does.
+
+    Raises:
+      ValueError: the settings want a teacher and there is none, or the model trains no layer with fake
+        quantization.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        settings: Settings,
+        teacher: Callable[[Int[Array, "B T"]], Float[Array, "B T V"]] | None = None,
+    ):
+        if settings.distillation and teacher is None:
+            raise ValueError(f"{settings.distillation=} needs a teacher")
+        if not any(_hooked(model)):
+            raise ValueError(
+                "no layer of the model trains with fake quantization: qjax.fake_quant first"
+            )
+        self.settings = settings
+        graphdef, scales, others, rest = nnx.split(model, LearnedScale, nnx.Param, ...)
+        self._graphdef, self._rest = graphdef, rest
+        self._first = {"scales": scales, "others": others}
+        self._teacher = nnx.split(teacher) if isinstance(teacher, nnx.Module) else None
+        self._optimizer = optimizer(settings)
+
+    def start(self) -> State:
+        """The state before the first step."""
+        # Copies: a step gives its state's buffers up, and the teacher may share some.
+        first = jax.tree.map(jnp.copy, self._first)
+        return State(first, self._optimizer.init(first))
+
+    def step(self, state: State, tokens: Int[np.ndarray, "B T"]) -> tuple[State, Float[Array, ""]]:
+        """One step.
+
+        Args:
+          state: given up: its buffers become the result's.
+          tokens: windows; :func:`qjax.qat.windows.batch` chooses them.
+
+        Returns:
+          The new state, and the loss before it.
+        """
+        return _step(
+            state, jnp.asarray(tokens), self._rest, self._teacher_state, graphdef=self._graphdef,
+            teacher=self._teacher_graph, settings=self.settings,
+        )  # fmt: skip
+
+    def model(self, state: State) -> Any:
+        """The model with the parameters of a state."""
+        return nnx.merge(
+            self._graphdef, state.parameters["scales"], state.parameters["others"], self._rest
+        )
+
+    @property
+    def _teacher_graph(self) -> Any:
+        return None if self._teacher is None else self._teacher[0]
+
+    @property
+    def _teacher_state(self) -> Any:
+        return None if self._teacher is None else self._teacher[1]
+
+
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """Adam over ``{"scales": ..., "others": ...}``, with the rates of the module's docstring."""
+
+    def rate(peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if settings.warmup else peak, peak, min(settings.warmup, settings.steps),
+            max(settings.steps, settings.warmup + 1), _LAST_RATE * peak,
+        )  # fmt: skip
+
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.partition(
+            {
+                "others": optax.adam(rate(settings.rate), b2=0.99),
+                "scales": optax.chain(
+                    optax.scale_by_adam(b2=0.99),
+                    optax.scale_by_param_block_rms(_LEAST_SCALE),
+                    optax.scale_by_learning_rate(rate(settings.scale_rate)),
+                ),
+            },
+            {"scales": "scales", "others": "others"},
+        ),
+    )
+
+
+def put_inside(model: nnx.Module) -> None:
+    """Moves weights beyond the ends of a grid of their own to just inside it, in place."""
+    for layer, hook in _hooked(model):
+        grid = hook.grid
+        if grid is None:
+            continue
+        variable = nnx_layers.variable_of(layer)
+        w, fmt, tile = variable.get_value(), hook.form.scheme.weights.format, hook.form.tile
+        shape = w.shape[w.ndim - len(tile) :]
+        scale = grid.scale if grid.tensor_scale is None else grid.scale * grid.tensor_scale
+        step = tiles.spread(scale, tile, shape)
+        zero = 0.0 if grid.zero is None else jnp.round(tiles.spread(grid.zero, tile, shape))
+        low, high = (fmt.low + _INSIDE - zero) * step, (fmt.high - _INSIDE - zero) * step
+        variable.set_value(jnp.clip(w, low, high).astype(w.dtype))
+
+
+def _hooked(model: nnx.Module):
+    """The layers of a model that train with fake quantization, each weight once, and their hooks."""
+    seen = set()
+    for _, layer in nnx_layers.quantizable_layers(model):
+        hook, variable = layer.promote_dtype, nnx_layers.variable_of(layer)
+        if isinstance(hook, FakeQuantizer) and id(variable) not in seen:
+            seen.add(id(variable))
+            yield layer, hook
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "teacher", "settings"), donate_argnames="state"
+)
+def _step(
+    state: State, tokens: Int[Array, "B T"], rest: Any, teacher_state: Any, *, graphdef: Any,
+    teacher: Any, settings: Settings,
+) -> tuple[State, Float[Array, ""]]:  # fmt: skip
+    share = settings.distillation
+    targets = nnx.merge(teacher, teacher_state)(tokens) if share else None
+
+    def model_of(parameters: dict[str, Any]) -> Any:
+        return nnx.merge(graphdef, parameters["scales"], parameters["others"], rest)
+
+    def loss(parameters: dict[str, Any]) -> Float[Array, ""]:
+        logits = model_of(parameters)(tokens)
+        learned = share * language_model.distillation_loss(logits, targets) if share else 0.0
+        read = (1 - share) * language_model.next_token_loss(logits, tokens) if share < 1 else 0.0
+        return learned + read
+
+    value, gradients = jax.value_and_grad(loss)(state.parameters)
+    updates, optimizer_state = optimizer(settings).update(
+        gradients, state.optimizer, state.parameters
+    )
+    moved = model_of(optax.apply_updates(state.parameters, updates))
+    put_inside(moved)
+    _, scales, others, _ = nnx.split(moved, LearnedScale, nnx.Param, ...)
+    return State({"scales": scales, "others": others}, optimizer_state), value

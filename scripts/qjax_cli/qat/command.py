@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a model with fake quantization until it is good in few bits, and save it quantized.
+
+Training begins with the best post-training result (--start takes one that is there already): weights,
+and with --method lsq scales too, move under a straight-through estimator, in float32, while the model
+computes with what they will be worth once quantized. It learns the next token of the text; with
+--teacher, mostly SRC itself, what the teacher expects there, or a mixture (--distillation).
+
+Checkpoints, log.csv and the start lie in OUT.training. A run that was killed goes on from its last
+checkpoint with the same command and --resume, with the same losses step for step. OUT appears when
+everything is done: a directory that vLLM and transformers load, or with --format orbax qjax's own, which
+holds every scheme.
+
+Example:
+  qjax qat ./Llama-3.2-1B ./Llama-3.2-1B-w4 --scheme w4a16-g128 --text books/*.txt --steps 2000 \
+      --teacher ./Llama-3.2-1B
+"""
+
+import argparse
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+import qjax
+from qjax import nnx_layers
+from qjax.method import BEST
+from qjax.nnx_layers import named_variables
+from qjax.qat.fake_quantizer import quantized, trainable
+from qjax.qat.training import Settings, Trainer
+from qjax.scheme import SUPPORTED
+from qjax_checkpoints.atomic import check_writable
+from qjax_checkpoints.checkpoint import Checkpoint
+from qjax_checkpoints.directory import fingerprint
+from qjax_checkpoints.load import load
+from qjax_checkpoints.save import check_format, save
+from qjax_checkpoints.tokenizer import load_tokenizer
+from qjax_checkpoints.training_run import TrainingRun
+from qjax_cli import text
+from qjax_cli.arguments import number, scheme, whole_number
+from qjax_cli.console import Console
+from qjax_cli.qat.loop import LOG_COLUMNS, train
+from qjax_models import Decoder, blockwise
+
+_DEFAULTS = Settings(steps=1, distillation=0.0)
+_CALIBRATION = 64  # windows that the start is calibrated on, at most
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("source", metavar="SRC", type=Path, help="model directory, not quantized")
+    parser.add_argument("output", metavar="OUT", type=Path, help="new directory; must not exist")
+    parser.add_argument("--scheme", type=scheme, required=True, help=f"for all layers: {SUPPORTED}")
+    parser.add_argument(
+        "--text", metavar="FILE", type=Path, nargs="+", required=True,
+        help="text files to train on, or one int32 [n, length] .npy",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=whole_number(1), required=True, help="optimizer steps")
+    parser.add_argument(
+        "--method", choices=("lsq", "ste"), default="lsq",
+        help="lsq: scales and zeros are trained too (default); ste: weights alone, on the grids that "
+        "they begin with",
+    )  # fmt: skip
+    parser.add_argument(
+        "--teacher", metavar="SRC", type=Path, help="model to learn from; often SRC"
+    )
+    parser.add_argument(
+        "--distillation", type=number(0, 1), metavar="SHARE",
+        help="share of the teacher in the loss, the text has the rest (default 1 with a teacher)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--start", metavar="DIR", type=Path,
+        help="quantized directory to begin with (default: qjax quantize --method best on the text)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seq-len", type=whole_number(2), default=1024, help="tokens of a window, at most (1024)"
+    )
+    parser.add_argument(
+        "--batch", type=whole_number(1), default=_DEFAULTS.batch,
+        help=f"windows of a step ({_DEFAULTS.batch})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rate", type=number(0, exclusive=True), default=_DEFAULTS.rate,
+        help=f"highest learning rate of weights ({_DEFAULTS.rate:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scale-rate", type=number(0, exclusive=True), default=_DEFAULTS.scale_rate,
+        help=f"highest learning rate of scales, relative to them ({_DEFAULTS.scale_rate:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of the order of windows (0)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"),
+        help="computed in; weights train in float32 (default bfloat16 on a GPU or TPU, else float32)",
+    )  # fmt: skip
+    parser.add_argument("--checkpoint-every", type=whole_number(1), default=500, help="steps (500)")
+    parser.add_argument(
+        "--format", choices=("compressed-tensors", "orbax"), default="compressed-tensors",
+        help="of OUT, as in qjax quantize",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint of the same command"
+    )
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Quantizes, trains, converts, writes."""
+    check_writable(args.output)
+    recipe, settings = qjax.Recipe.uniform(args.scheme), _settings(args)
+    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    source = load(args.source)
+    check_format(source.model, recipe, args.format)
+    tokens = _tokens(args, source)
+    folder = args.output.absolute().parent / f"{args.output.name}.training"
+    training = TrainingRun(folder, LOG_COLUMNS)
+    training.begin(_description(args, settings, tokens, dtype), args.resume and training.has_begun)
+    start = _start(args, source, tokens, recipe, folder, console)
+    model = trainable(load(start, dtype).model, learned=args.method == "lsq")
+    teacher = load(args.teacher, dtype).model if settings.distillation else None
+    trainer = Trainer(model, settings, teacher)
+    state, summary = train(
+        trainer, training, tokens, checkpoint_every=args.checkpoint_every, console=console
+    )
+    result = _filled(load(start).model, quantized(trainer.model(state)))
+    summary |= {
+        "method": args.method,
+        "scheme": args.scheme.name,
+        "settings": dataclasses.asdict(settings),
+    }
+    save(result, source, args.output, args.format, {"training": summary} | _layers(result))
+    console.result(
+        {"output": str(args.output)} | summary,
+        f"{args.output}: {summary['steps']} steps of {settings.batch * tokens.shape[1]} tokens, loss "
+        f"{summary['last_loss']:.4f}; {summary['seconds']:.1f} s",
+    )
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    share = args.distillation
+    if share and args.teacher is None:
+        raise ValueError(f"--distillation {share:g} needs a --teacher; SRC itself often is")
+    if share is None:
+        share = 0.0 if args.teacher is None else 1.0
+    return Settings(
+        steps=args.steps, batch=args.batch, rate=args.rate, scale_rate=args.scale_rate,
+        distillation=share, seed=args.seed,
+    )  # fmt: skip
+
+
+def _tokens(args: argparse.Namespace, source: Checkpoint) -> Int[np.ndarray, "n length"]:
+    """All windows of the text."""
+    config = source.model.config
+    if any(file.suffix == ".npy" for file in args.text):
+        if len(args.text) > 1:
+            raise ValueError("--text takes text files, or one token file alone")
+        return text.windows_of_array(args.text[0], config.vocab_size, args.seq_len)
+    tokenizer = load_tokenizer(args.source, vocab_size=config.vocab_size)
+    return text.windows_of_files(args.text, tokenizer, args.seq_len)
+
+
+def _description(
+    args: argparse.Namespace, settings: Settings, tokens: Int[np.ndarray, "n length"], dtype: Any
+) -> dict[str, Any]:
+    """What decides the result of a run, each under what it is called."""
+    return {
+        "source": fingerprint(args.source),
+        "teacher": fingerprint(args.teacher) if args.teacher else None,
+        "start": fingerprint(args.start) if args.start else BEST,
+        "scheme": args.scheme.name,
+        "method": args.method,
+        "settings": dataclasses.asdict(settings),
+        "text": f"{tokens.shape[0]} windows of {tokens.shape[1]} tokens "
+        f"({hashlib.sha256(tokens.tobytes()).hexdigest()[:12]})",
+        "dtype": str(dtype),
+        "qjax": qjax.__version__,
+    }
+
+
+def _start(
+    args: argparse.Namespace,
+    source: Checkpoint,
+    tokens: Int[np.ndarray, "n length"],
+    recipe: qjax.Recipe,
+    folder: Path,
+    console: Console,
+) -> Path:
+    """The directory of the quantized model that training begins with."""
+    if args.start:
+        _check_start(load(args.start).model, args, recipe)
+        return args.start
+    start = folder / "start"
+    if not start.exists():
+        chosen = np.linspace(0, len(tokens) - 1, min(_CALIBRATION, len(tokens))).round().astype(int)
+        method = qjax.Method.parse(BEST, recipe=recipe)
+        what = f"quantizing, {method.name}"
+        with console.progress(what, 2 * source.model.config.num_layers) as bar:
+            model, report = qjax.quantize_sequentially(
+                source.model, blockwise, tokens[chosen], recipe, method=method,
+                on_step=lambda what: bar.advance(),
+            )  # fmt: skip
+        save(model, source, start, "orbax", report.as_json())
+    return start
+
+
+def _check_start(model: Decoder, args: argparse.Namespace, recipe: qjax.Recipe) -> None:
+    held = nnx_layers.quantized_layers(model)
+    if not held:
+        raise ValueError(f"{args.start}: holds no quantized layer to start from")
+    for path, q in held.items():
+        wanted = recipe.scheme_for(path)
+        if wanted is not None and q.scheme != wanted:
+            raise ValueError(
+                f"{args.start}: {path} is {q.scheme.name}, but --scheme asks for {wanted.name}"
+            )
+
+
+def _filled(model: Decoder, trained: Decoder) -> Decoder:
+    """A model in the dtypes of its files, with the values of one that was trained in others."""
+    values = named_variables(trained)
+    for path, variable in named_variables(model).items():
+        variable.set_value(values[path].get_value().astype(variable.get_value().dtype))
+    return model
+
+
+def _layers(model: Decoder) -> dict[str, Any]:
+    """What each layer holds, for the report."""
+    held = nnx_layers.quantized_layers(model)
+    return {
+        "layers": [
+            {"path": path, "scheme": q.scheme.name, "shape": list(q.shape), "bytes_after": q.nbytes}
+            for path, q in held.items()
+        ]
+    }
