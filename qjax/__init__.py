@@ -15,6 +15,15 @@ from qjax.ops import einsum as einsum
 from qjax.ops import matmul as matmul
 from qjax.ops import take as take
 from qjax.post_training import quantize_model as quantize_model
+from qjax.qat.fake_quant import fake_quant as fake_quant
+from qjax.qat.fake_quant import learned_grids as learned_grids
+from qjax.qat.fake_quant import quantized_params as quantized_params
+from qjax.qat.fake_quantizer import quantized as quantized
+from qjax.qat.fake_quantizer import trainable as trainable
+from qjax.qat.linen_activations import fake_quant_activations as fake_quant_activations
+from qjax.qat.masters import masters as masters
+from qjax.qat.masters import on_grid as on_grid
+from qjax.qat.masters import straight_through as straight_through
 from qjax.qtensor import QTensor as QTensor
 from qjax.qtensor import dequantize as dequantize
 from qjax.ranges import RangeSearch as RangeSearch

@@ -94,6 +94,7 @@ def fake_quantize(
       ValueError: the weight does not have the form's shape, or its group size does not divide it.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> scheme = Scheme.parse("w4a16-channel")
       >>> form = Form(
       ...     scheme=scheme, axis=(-2,), shape=(2, 1), dtype="float32", scale_dtype="float32"
