@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which leaves of a plain tree of arrays a recipe quantizes: Linen parameters, nested dicts, states.
 
-A leaf is a weight if it has floats and two axes or more. Its layer's path, which rules match, is the
+A leaf is a weight if it has floats and two axes or more, and is not called ``bias`` or ``scale``. Its
+layer's path, which rules match, is the
 leaf's own, joined by slashes, without a last ``kernel`` or ``embedding``, as Flax calls them. A tree does
 not say what a product sums over: it is the last axis but one, as in an ``[in, out]`` kernel, the last of
 an ``embedding``, and for others what ``axes`` says.
@@ -71,7 +72,7 @@ def weights_of(tree: Any, recipe: Recipe, axes: Axes | None = None, dtype: Any =
     forms, paths = {}, []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path, kind = _layer_of(jax.tree_util.keystr(keys, simple=True, separator="/"))
-        scheme = recipe.scheme_for(path) if _is_weight(leaf) else None
+        scheme = recipe.scheme_for(path) if _is_weight(path, leaf) else None
         paths.append(path if scheme else None)
         if scheme is None:
             continue
@@ -106,7 +107,9 @@ def _layer_of(path: str) -> tuple[str, str]:
     return (layer or name, name) if name in ("kernel", "embedding") else (path, "")
 
 
-def _is_weight(leaf: Any) -> bool:
+def _is_weight(path: str, leaf: Any) -> bool:
+    if path.rpartition("/")[2] in ("bias", "scale"):  # of several axes where outputs have several
+        return False
     return jnp.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
