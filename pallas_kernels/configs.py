@@ -2,12 +2,14 @@
 """Which kernel computes a product, and how its work is cut up.
 
 Configurations are tuned on a GPU and committed in `tuned.json`, keyed by device, kind of product and
-shape; `scripts/tune_matmul.py` fills it.
+shape; `scripts/tune_matmul.py` fills it. What a device's own table does not name is looked up in the one
+of `_NEAREST_DEVICE`, which names most.
 """
 
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import json
 from types import ModuleType
 from typing import Any, cast
@@ -24,7 +26,7 @@ Config = few_tokens.Config | many_tokens.Config
 BUCKETS = (8, 16, 32, 64, 256, 1024, 4096)  # of tokens, in the table
 FEW = 32  # tokens up to which `few_tokens` is faster than `many_tokens`
 _MOST_HALF_TOKENS = 4096
-_NEAREST_DEVICE = "NVIDIA H100 80GB HBM3"  # for Hopper GPUs that have no table of their own
+_NEAREST_DEVICE = "NVIDIA H100 80GB HBM3"  # for what the table of another Hopper GPU does not name
 
 
 def kernel_of(config: Config) -> ModuleType:
@@ -53,21 +55,16 @@ def config_for(product: Product, device: str | None = None) -> Config:
 
     Nearest: the same ``k`` and ``n``, the number of tokens in the same bucket of `BUCKETS`, and the same
     codes and tokens, or if there is none such, codes and tokens of as many bits; sums of groups only if
-    the product has them, too. A configuration that does not fit this very product is passed over.
+    the product has them, too. A configuration that does not fit this very product is passed over. The
+    table of the nearest device is asked where that of the device itself has none.
 
     Args:
       product: what is to be computed.
       device: as JAX names its kind; None: the default device.
     """
     kind = jax.devices()[0].device_kind if device is None else device
-    entries = tuned().get(kind, tuned()[_NEAREST_DEVICE])
-    bucket = next((b for b in BUCKETS if product.m <= b), BUCKETS[-1])
-    wanted = dataclasses.replace(product, m=bucket)
-    shape = wanted.m, wanted.k, wanted.n
-    entries = (entry for entry in entries if (entry["m"], entry["k"], entry["n"]) == shape)
-    tuned_for = ((entry, product_of(entry)) for entry in entries)
-    near = [(entry, other) for entry, other in tuned_for if _kind(other) == _kind(wanted)]
-    for entry, _ in sorted(near, key=lambda pair: _dtypes(pair[1]) != _dtypes(product)):
+    tables = dict.fromkeys([kind, _NEAREST_DEVICE])
+    for entry in itertools.chain.from_iterable(_near(product, table) for table in tables):
         config = config_of(entry)
         try:
             kernel_of(config).check(product, config)
@@ -75,6 +72,18 @@ def config_for(product: Product, device: str | None = None) -> Config:
             continue
         return config
     return default_config(product)
+
+
+def _near(product: Product, device: str) -> list[dict[str, Any]]:
+    """What the table of a device has for a product, the nearest first."""
+    bucket = next((b for b in BUCKETS if product.m <= b), BUCKETS[-1])
+    wanted = dataclasses.replace(product, m=bucket)
+    shape = wanted.m, wanted.k, wanted.n
+    entries = (e for e in tuned().get(device, []) if (e["m"], e["k"], e["n"]) == shape)
+    tuned_for = ((entry, product_of(entry)) for entry in entries)
+    near = [(entry, other) for entry, other in tuned_for if _kind(other) == _kind(wanted)]
+    near.sort(key=lambda pair: _dtypes(pair[1]) != _dtypes(product))
+    return [entry for entry, _ in near]
 
 
 def _kind(product: Product) -> tuple[int | bool, ...]:

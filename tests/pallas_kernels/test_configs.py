@@ -69,6 +69,28 @@ def test_sums_of_groups_take_no_configuration_that_was_tuned_without(monkeypatch
     assert configs.config_for(by_block, device) == configs.default_config(by_block)
 
 
+def test_a_device_looks_into_its_own_table_first(monkeypatch):
+    entry = {
+        "weights": "int4", "tokens": "bfloat16", "group_size": 128, "k": 4096, "n": 512,
+        "kernel": "few_tokens",
+    }  # fmt: skip
+    one = entry | {"m": 8, "config": {"rows": 1, "slices": 2}}
+    other = entry | {"m": 8, "config": {"rows": 2, "slices": 4}}
+    more = entry | {"m": 16, "config": {"rows": 2, "slices": 8}}
+    wide = other | {"config": {"rows": 64, "slices": 2}}  # more threads than a block has
+    tables = {"NVIDIA H100 80GB HBM3": [one, more], "NVIDIA H200": [other]}
+    monkeypatch.setattr(configs, "tuned", lambda: tables)
+
+    def chosen(m, device):
+        return vars(configs.config_for(Product(m=m, k=4096, n=512, group_size=128), device))
+
+    assert chosen(5, "NVIDIA H200").items() >= other["config"].items()
+    assert chosen(16, "NVIDIA H200").items() >= more["config"].items()  # the nearest device's
+    assert chosen(5, "NVIDIA GH200 480GB").items() >= one["config"].items()  # has no table
+    tables["NVIDIA H200"] = [wide]
+    assert chosen(5, "NVIDIA H200").items() >= one["config"].items()
+
+
 def test_a_tuned_configuration_that_does_not_fit_is_passed_over(monkeypatch):
     entry = {
         "weights": "int4", "tokens": "bfloat16", "group_size": 128, "m": 64, "k": 384, "n": 512
