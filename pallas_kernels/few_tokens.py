@@ -44,12 +44,15 @@ class Config:
       slices: warps behind each other, with the same outputs and different inputs.
       blocks: row blocks of 16 outputs that a warp owns; they share what it reads of the tokens.
       depth: chunks of codes that are on their way.
+      queue: whether they move up in registers, a chunk a step; else a step takes all of them, and the
+        assembler puts its loads where it likes, at worst right before their use.
     """
 
     rows: int
     slices: int
     blocks: int = 1
     depth: int = 1
+    queue: bool = False
 
     @property
     def threads(self) -> int:
@@ -79,9 +82,13 @@ def check(product: Product, config: Config) -> None:
       ValueError: it does not; with the numbers.
     """
     chunks = product.k // CHUNK
-    if chunks % (config.slices * config.depth):
+    if chunks % (config.slices * (1 if config.queue else config.depth)):
         raise ValueError(
             f"{chunks} chunks of {CHUNK} inputs are not divisible by {config.slices=} x {config.depth=}"
+        )
+    if chunks < config.slices * config.depth:
+        raise ValueError(
+            f"{chunks} chunks of {CHUNK} inputs are fewer than {config.slices=} x {config.depth=}"
         )
     if config.threads > 1024:
         raise ValueError(f"{config.rows=} x {config.slices=} warps are more than 1024 threads")
@@ -127,34 +134,42 @@ def kernel(machine: Machine, arrays: Arrays, product: Product, config: Config) -
 
     zero_sums = [_nothing(machine, product)] * (4 * config.blocks * (columns(product) // 8))
     weights = [reader.weights(step) for step in range(config.depth)]
+    taken = 1 if config.queue else config.depth  # chunks that a round multiplies
 
-    def unrolled(reader: _Reader, weights: list[Any], sums: list[Sum], *, more: bool):
-        for step in range(config.depth):
-            sums = _multiply_chunk(machine, product, config, reader, step, weights[step], sums)
+    def multiplied(
+        reader: _Reader, weights: list[Any], sums: list[Sum], count: int, *, more: bool
+    ) -> tuple[list[Any], list[Sum]]:
+        """The chunks that are still on their way, and the sums with the first ones."""
+        weights = list(weights)
+        for step in range(count):
+            sums = _multiply_chunk(machine, product, config, reader, step, weights.pop(0), sums)
             if more:
-                weights[step] = reader.weights(config.depth + step)
+                weights.append(reader.weights(config.depth + step))
         return weights, sums
 
     def body(i: Word, carry: list[Any]) -> list[Any]:
-        flat, sums = carry[: -len(zero_sums)], carry[-len(zero_sums) :]
-        size = len(flat) // config.depth
-        weights = [flat[size * step : size * (step + 1)] for step in range(config.depth)]
-        weights, sums = unrolled(reader.advanced(i * config.depth), weights, sums, more=True)
+        weights, sums = _apart(carry, config.depth, len(zero_sums))
+        weights, sums = multiplied(reader.advanced(i * taken), weights, sums, taken, more=True)
         return [*(word for step in weights for word in step), *sums]
 
-    rounds = chunks // config.depth - 1
+    rounds = (chunks - config.depth) // taken
     # A warp beyond the last slice has nothing to add; what it does once is not read.
     count = machine.word(rounds) if 32 * warps == config.threads else _if(machine, warps, rounds)
     carry = [*(word for step in weights for word in step), *zero_sums]
     carry = machine.loop(count, carry, body) if rounds else carry
-    flat, sums = carry[: -len(zero_sums)], carry[-len(zero_sums) :]
-    size = len(flat) // config.depth
-    weights = [list(flat[size * step : size * (step + 1)]) for step in range(config.depth)]
-    last = reader.advanced(machine.word(rounds * config.depth))
-    _, sums = unrolled(last, weights, sums, more=False)
+    weights, sums = _apart(carry, config.depth, len(zero_sums))
+    last = reader.advanced(machine.word(rounds * taken))
+    _, sums = multiplied(last, weights, sums, config.depth, more=False)
     if product.has_half_tokens and product.group_size is None:
         sums = reader.scaled(sums)
     _add_slices(machine, product, config, sums, arrays)
+
+
+def _apart(carry: list[Any], depth: int, sum_count: int) -> tuple[list[list[Word]], list[Sum]]:
+    """What a loop carries: the words of each chunk on its way, and the sums."""
+    flat, sums = carry[:-sum_count], carry[-sum_count:]
+    size = len(flat) // depth
+    return [list(flat[size * step : size * (step + 1)]) for step in range(depth)], list(sums)
 
 
 def _nothing(machine: Machine, product: Product) -> Sum:

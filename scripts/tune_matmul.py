@@ -47,9 +47,19 @@ KINDS = (  # weights:tokens, and :group where there are any
 # (rows, slices, blocks, depth) of few tokens.
 FEW = (
     (1, 4, 1, 4), (7, 4, 1, 4), (1, 4, 1, 1), (7, 1, 2, 1), (1, 8, 1, 2), (7, 4, 1, 2), (7, 2, 2, 1),
-    (4, 2, 2, 1), (2, 8, 1, 2), (1, 4, 2, 1), (1, 8, 2, 1), (2, 7, 1, 1), (2, 14, 1, 4),
+    (4, 2, 2, 1), (2, 8, 1, 2), (1, 4, 2, 1), (1, 8, 2, 1), (2, 7, 1, 1), (2, 14, 1, 4), (14, 2, 1, 1),
+    (14, 1, 1, 1), (1, 16, 2, 1), (1, 8, 1, 1), (2, 8, 1, 1), (2, 8, 2, 1), (3, 4, 1, 4), (3, 8, 1, 1),
+    (4, 4, 1, 1), (4, 4, 1, 8), (1, 16, 1, 1), (1, 4, 1, 2),
 )  # fmt: skip
-# (rows, slices, fragments, tokens, span, stages) of many tokens: up to so many of them.
+# Besides, where chunks move up.
+QUEUES = (
+    (14, 2, 1, 2), (14, 2, 1, 3), (1, 16, 2, 2), (2, 8, 2, 2), (1, 4, 1, 2), (1, 4, 2, 2), (3, 8, 1, 2),
+    (4, 4, 1, 2), (2, 8, 1, 2), (1, 8, 1, 2),
+)  # fmt: skip
+# (rows, slices, fragments, tokens, span, stages) of many tokens, where they are few and codes are
+# multiplied as they lie.
+AS_THEY_LIE = ((1, 1, 1, 16, 1, 4), (2, 1, 1, 16, 1, 4), (1, 1, 1, 32, 1, 4))
+# The same, up to so many tokens.
 MANY = {
     64: (
         (2, 1, 1, 64, 2, 4), (1, 2, 1, 64, 2, 4), (1, 4, 1, 32, 2, 4), (4, 1, 1, 64, 2, 4),
@@ -65,7 +75,7 @@ MANY = {
 SHORT_STEPS = {
     64: (
         (2, 1, 1, 64, 1, 4), (1, 1, 1, 64, 1, 4), (4, 1, 1, 64, 1, 4), (1, 2, 1, 64, 1, 4),
-        (1, 4, 1, 32, 1, 4), (1, 1, 2, 64, 1, 4), (1, 4, 1, 64, 1, 3),
+        (1, 4, 1, 32, 1, 4), (1, 1, 2, 64, 1, 4), (1, 4, 1, 64, 1, 3), (1, 2, 1, 64, 1, 6),
     ),
     256: (
         (2, 1, 1, 128, 1, 4), (1, 1, 1, 128, 1, 4), (1, 2, 1, 128, 1, 3), (2, 1, 1, 128, 1, 6),
@@ -75,7 +85,7 @@ SHORT_STEPS = {
 }  # fmt: skip
 # Besides, with a loader.
 LOADED = {
-    64: (),
+    64: ((2, 1, 1, 64, 2, 4), (2, 1, 1, 64, 1, 6), (2, 1, 1, 64, 1, 8)),
     256: ((2, 1, 1, 128, 1, 6), (2, 1, 1, 128, 1, 4), (2, 1, 1, 256, 1, 4), (2, 1, 1, 64, 1, 6)),
     4096: (
         (2, 1, 1, 256, 1, 4), (2, 1, 2, 128, 1, 4), (2, 1, 1, 128, 1, 6), (2, 1, 1, 128, 1, 4),
@@ -102,21 +112,17 @@ def product_of(kind: str, m: int, k: int, n: int) -> Product:
 
 def candidates(product: Product, known: Sequence[Config] = ()) -> list[Config]:
     """Configurations worth a try that fit, each once, those that are known first."""
-    few = [
-        few_tokens.Config(rows=rows, slices=slices, blocks=blocks, depth=depth)
-        for rows, slices, blocks, depth in FEW
+    few: list[Config] = [
+        few_tokens.Config(rows=rows, slices=slices, blocks=blocks, depth=depth, queue=queue)
+        for queue, some in ((False, FEW), (True, QUEUES))
+        for rows, slices, blocks, depth in some
     ]
     bucket = next(bucket for bucket in MANY if product.m <= bucket or bucket == max(MANY))
     cuts = () if product.has_group_sums else MANY[bucket]
     cuts += () if product.has_half_tokens else SHORT_STEPS[bucket]
-    many = [
-        many_tokens.Config(
-            rows=rows, slices=slices, fragments=fragments, tokens=tokens, span=span, stages=stages,
-            loader=loader,
-        )
-        for loader, some in ((False, cuts), (True, LOADED[bucket]))
-        for rows, slices, fragments, tokens, span, stages in some
-    ]  # fmt: skip
+    if product.m <= configs.FEW:
+        few += _many(AS_THEY_LIE if product.weights == product.tokens else ())
+    many = _many(cuts) + _many(LOADED[bucket], loader=True)
     by_turns = [
         dataclasses.replace(config, resident=MULTIPROCESSORS)
         for config in many
@@ -133,6 +139,16 @@ def candidates(product: Product, known: Sequence[Config] = ()) -> list[Config]:
     ]
     tried = [*known, *tried]
     return [config for config in dict.fromkeys(tried) if _fits(product, config)]
+
+
+def _many(cuts: Sequence[tuple[int, ...]], *, loader: bool = False) -> list[many_tokens.Config]:
+    return [
+        many_tokens.Config(
+            rows=rows, slices=slices, fragments=fragments, tokens=tokens, span=span, stages=stages,
+            loader=loader,
+        )
+        for rows, slices, fragments, tokens, span, stages in cuts
+    ]  # fmt: skip
 
 
 def _tiles(product: Product, config: many_tokens.Config) -> int:

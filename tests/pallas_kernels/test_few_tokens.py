@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels import row_blocks
 from pallas_kernels.few_tokens import Config
+from pallas_kernels.few_tokens import check as check_config
+from pallas_kernels.product import Product
 from pallas_kernels.quantized_matmul import (
     plain_codes,
     quantized_matmul,
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.one_version
 E4M3 = "float8_e4m3fn"
 
 # Tokens, inputs, outputs and how they are cut: odd numbers of tokens, outputs that do not fill a block,
-# idle warps, several slices, chunks on their way, two blocks of tokens.
+# idle warps, several slices, chunks on their way, by rounds and moving up, two blocks of tokens.
 CASES = {
     "one token": (1, 256, 48, Config(rows=2, slices=2)),
     "five, two row blocks a warp": (5, 512, 64, Config(rows=1, slices=2, blocks=2, depth=2)),
@@ -31,6 +33,7 @@ CASES = {
     "thirty-five, two blocks of tokens": (35, 256, 32, Config(rows=1, slices=1, blocks=2, depth=2)),
     "one chunk": (3, 128, 16, Config(rows=1, slices=1)),
     "nine, outputs of two 128-blocks": (9, 256, 144, Config(rows=3, slices=1, blocks=2)),
+    "seven, chunks that move up": (7, 640, 48, Config(rows=2, slices=1, depth=3, queue=True)),
 }
 KINDS = [("int4", False), ("int4", True), ("int8", False), ("int8", True), (E4M3, False)]
 
@@ -140,3 +143,29 @@ def test_every_code_is_converted_exactly(weights, half):
         weights=weights, config=Config(rows=1, slices=1), interpret=True, out_dtype=jnp.float32,
     )  # fmt: skip
     np.testing.assert_array_equal(y, np.asarray(dense[40:56], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (
+            {"slices": 3},
+            "2 chunks of 128 inputs are not divisible by config.slices=3 x config.depth=1",
+        ),
+        (
+            {"slices": 1, "depth": 4},
+            "2 chunks of 128 inputs are not divisible by .* config.depth=4",
+        ),
+        (
+            {"slices": 2, "depth": 2, "queue": True},
+            "2 chunks of 128 inputs are fewer than config.slices=2 x config.depth=2",
+        ),
+        (
+            {"rows": 64, "slices": 1},
+            "config.rows=64 x config.slices=1 warps are more than 1024 threads",
+        ),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(choices, message):
+    with pytest.raises(ValueError, match=message):
+        check_config(Product(m=1, k=256, n=64, group_size=128), Config(**{"rows": 1} | choices))
