@@ -2,10 +2,9 @@
 """Which leaves of a plain tree of arrays a recipe quantizes: Linen parameters, nested dicts, states.
 
 A leaf is a weight if it has floats and two axes or more, and is not called ``bias`` or ``scale``. Its
-layer's path, which rules match, is the
-leaf's own, joined by slashes, without a last ``kernel`` or ``embedding``, as Flax calls them. A tree does
-not say what a product sums over: it is the last axis but one, as in an ``[in, out]`` kernel, the last of
-an ``embedding``, and for others what ``axes`` says.
+layer's path, which rules match, is the leaf's own, joined by slashes, without a last ``kernel`` or
+``embedding``, as Flax calls them. A tree does not say what a product sums over: it is the last axis but
+one, as in an ``[in, out]`` kernel, the last of an ``embedding``, and for others what ``axes`` says.
 """
 
 import re
