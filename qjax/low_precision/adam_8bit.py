@@ -15,11 +15,11 @@ The byte reaches from the block's largest v down over 42 octaves in steps of 12 
 root that divides the update. A v that is not zero never becomes zero: beside an m that is not, the update
 would be m / eps. It becomes the least value instead, and the update too small.
 
-**Rounding.** A step moves v by ``(1 - b2) * (g^2 / v - 1)`` of itself, 0.1 % with the usual decay. Rounded
-to the nearest of values 12 % apart it would stay where it is for ever, unless g^2 is 60 times v. m moves
-by ``(1 - b1) * (g / m - 1)`` of itself, and e4m3's values are 6 to 12 % apart: it stops up to 60 % away
-from a gradient that stays the same. So both are rounded stochastically: in the mean they are the moving
-averages that they should be.
+**Rounding.** A step moves v by ``(1 - b2) * (g^2 / v - 1)`` of itself, 0.1 % with the usual decay. To the
+nearest of values 12 % apart it would stay where it is for ever, unless g^2 is 60 times v. m moves by
+``(1 - b1) * (g / m - 1)`` of itself, and e4m3's values are 6 to 12 % apart: it stops up to 60 % away from
+a gradient that stays the same. So both are rounded by chance: in the mean they are the moving averages
+that they should be.
 
 =====================================  =================================================================
 papers                                 here

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training in 8 and 16 bits costs in loss, and what it saves in time.
+
+    python scripts/benchmarks/low_precision_training.py loss --tokens tokens.npy --steps 1000
+    python scripts/benchmarks/low_precision_training.py step --layers 4 --batch 4
+
+``loss``: the shipped model's configuration from scratch (scripts/shipped_model_training: network, Muon,
+schedule, windows), the same seed and tokens for each variant: bfloat16, FP8 with current and with delayed
+scaling, float16 with loss scaling; then Adam and Adam with 8-bit moments, both in bfloat16. The loss is
+the mean of the last 5 % of the steps. TOKENS is one row of uint16 or int32, such as `prepare` writes.
+
+``step``: milliseconds of a whole train step of some Llama layers 4096 wide, in bfloat16 and FP8, and of
+their matrix products alone: what is left bounds the gain. ``--size tiny`` runs either on any machine.
+Prints one JSON object a line, as it is measured.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+
+from qjax import formats
+from qjax.low_precision import (
+    AmaxHistory,
+    adamw_8bit,
+    dynamic_loss_scaling,
+    loss_scale,
+    train_in_fp8,
+)
+from qjax_models import Decoder, DecoderConfig
+from qjax_models.families import config_from_hf
+from shipped_model_training.bits_per_byte import sum_of_nll
+from shipped_model_training.network import initial_parameters, make_network, unstacked
+from shipped_model_training.optimizer import make_optimizer, schedule_factor
+from shipped_model_training.settings import ModelShape, TrainingSettings
+from shipped_model_training.windows import training_windows
+
+ADAM_RATE = 3e-3
+TINY_SHAPE = ModelShape(
+    vocab_size=256, hidden_size=32, num_layers=2, mlp_size=64, num_heads=2, num_kv_heads=1, head_size=16
+)  # fmt: skip
+TINY_SETTINGS = TrainingSettings(
+    batch_size=4, context=32, steps_per_dispatch=5, warmup_steps=10, compute_dtype="bfloat16"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One run of ``loss``.
+
+    Attributes:
+      name: in its row.
+      baseline: the variant whose loss and bytes it is compared with.
+      scaling: of FP8 products; None: in the computing dtype.
+      dtype: computing dtype.
+      optimizer: muon, adam or adam-8bit.
+    """
+
+    name: str
+    baseline: str
+    scaling: Any = None
+    dtype: str = "bfloat16"
+    optimizer: str = "muon"
+
+
+VARIANTS = (
+    Variant(name="bf16", baseline="bf16"),
+    Variant(name="fp8-current", baseline="bf16", scaling="current"),
+    Variant(name="fp8-delayed", baseline="bf16", scaling="delayed"),
+    Variant(name="fp16-loss-scaling", baseline="bf16", dtype="float16"),
+    Variant(name="bf16-adam", baseline="bf16-adam", optimizer="adam"),
+    Variant(name="bf16-adam-8bit", baseline="bf16-adam", optimizer="adam-8bit"),
+)
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=("loss", "step"))
+    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument("--tokens", help="loss: .npy of one row; random ones with --size tiny")
+    parser.add_argument("--steps", type=int, default=1000, help="loss: of each variant")
+    parser.add_argument("--only", nargs="+", choices=[v.name for v in VARIANTS])
+    parser.add_argument("--layers", type=int, default=4, help="step")
+    parser.add_argument("--batch", type=int, default=4, help="step: windows of --length tokens")
+    parser.add_argument("--length", type=int, default=2048, help="step")
+    parser.add_argument("--repeats", type=int, default=10, help="step")
+    args = parser.parse_args()
+    device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {datetime.date.today()}"
+    print(json.dumps({"device": device}), flush=True)
+    for row in losses(args) if args.what == "loss" else steps(args):
+        print(json.dumps(row), flush=True)
+
+
+def losses(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each variant."""
+    full = args.size == "full"
+    shape, settings = (ModelShape(), TrainingSettings()) if full else (TINY_SHAPE, TINY_SETTINGS)
+    if args.tokens:
+        tokens = np.load(args.tokens)
+    elif full:
+        raise SystemExit("loss needs --tokens FILE.npy")
+    else:  # a text that can be learned: each token mostly follows from the one before
+        rng = np.random.default_rng(0)
+        tokens = np.cumsum(rng.integers(1, 3, 50_000)) % shape.vocab_size
+    if tokens.ndim != 1 or tokens.max() >= shape.vocab_size:
+        raise SystemExit(f"{args.tokens}: need one row of tokens below {shape.vocab_size}")
+    on_device = jnp.asarray(tokens.astype(np.uint16))
+    rows: dict[str, dict[str, Any]] = {}
+    for variant in VARIANTS:
+        if args.only and variant.name not in args.only:
+            continue
+        row = rows[variant.name] = trained(variant, shape, settings, on_device, args.steps)
+        if base := rows.get(variant.baseline):
+            row["loss_ratio"] = round(row["loss"] / base["loss"], 5)
+            row["bytes_ratio"] = round(row["optimizer_bytes"] / base["optimizer_bytes"], 4)
+        yield row
+
+
+def trained(
+    variant: Variant, shape: ModelShape, settings: TrainingSettings, tokens: Any, num_steps: int
+) -> dict[str, Any]:
+    """Trains one variant from scratch."""
+    settings = replace(settings, compute_dtype=variant.dtype)
+    optimizer, begin, loss_of = _parts(variant, shape, settings)
+
+    def one_step(state, step):
+        params, histories, opt_state = state
+        windows = training_windows(
+            tokens, settings.seed, step, settings.batch_size, settings.context + 1
+        )
+        scale = loss_scale(opt_state) if variant.dtype == "float16" else 1.0
+
+        def scaled(params, histories):
+            loss = loss_of(params, histories, windows)
+            return loss * scale, loss
+
+        (_, loss), (grads, histories) = jax.value_and_grad(scaled, (0, 1), has_aux=True)(
+            params, histories
+        )
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        factor = schedule_factor(step, num_steps, settings.warmup_steps)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: factor * u, updates))
+        return (params, histories, opt_state), loss
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def dispatch(state, first):
+        return lax.scan(one_step, state, first + jnp.arange(settings.steps_per_dispatch))
+
+    start, state, found, seconds = time.perf_counter(), jax.jit(begin)(), [], []
+    for first in range(0, num_steps, settings.steps_per_dispatch):
+        before = time.perf_counter()
+        state, loss = dispatch(state, jnp.int32(first))
+        found.append(np.asarray(loss))
+        seconds.append(time.perf_counter() - before)
+    losses = np.concatenate(found)[:num_steps]
+    skipped = int(state[2].skipped_steps) if variant.dtype == "float16" else 0
+    per_step = statistics.median(seconds[1:] or seconds) / settings.steps_per_dispatch
+    last = losses[-max(1, len(losses) // 20) :]
+    return {
+        "variant": variant.name, "steps": len(losses), "loss": round(float(last.mean()), 5),
+        "optimizer_bytes": formats.device_bytes(state[2]), "skipped_steps": skipped,
+        "tokens_per_second": round(settings.batch_size * settings.context / per_step),
+        "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
+
+
+def _parts(
+    variant: Variant, shape: ModelShape, settings: TrainingSettings
+) -> tuple[optax.GradientTransformation, Callable[[], Any], Callable[..., Any]]:
+    """The optimizer, what makes the state at the start, and the loss of parameters and histories."""
+    network = make_network(shape.hf_config(), settings.compute_dtype, settings.attention)
+    decoder = Decoder.abstract(
+        config_from_hf(shape.hf_config()), jnp.float32, compute_dtype=settings.compute_dtype,
+        attention=settings.attention,
+    )  # fmt: skip
+    if variant.scaling:
+        train_in_fp8(decoder, scaling=variant.scaling)
+    graph, of_params, histories = nnx.split(decoder, nnx.Param, AmaxHistory)
+    structure = jax.tree.structure(of_params)
+    optimizer = {
+        "muon": make_optimizer(settings),
+        "adam": optax.adam(ADAM_RATE),
+        "adam-8bit": adamw_8bit(ADAM_RATE, weight_decay=0.0),
+    }[variant.optimizer]
+    if variant.dtype == "float16":
+        optimizer = dynamic_loss_scaling(optimizer, growth_interval=200)
+
+    def begin():
+        parameters = initial_parameters(network, settings.seed)
+        return parameters, histories, optimizer.init(parameters)
+
+    def loss_of(parameters, histories, windows):
+        leaves = list(unstacked(network, parameters).values())
+        model = nnx.merge(graph, jax.tree.unflatten(structure, leaves), histories)
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        return sum_of_nll(model(inputs), targets) / targets.size
+
+    return optimizer, begin, loss_of
+
+
+def steps(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each kind of step, for the products alone, and the conclusion."""
+    full = args.size == "full"
+    config = DecoderConfig(
+        vocab_size=4096, hidden_size=4096, mlp_size=14336, num_layers=args.layers, num_heads=32,
+        num_kv_heads=8, head_size=128, max_positions=args.length,
+    ) if full else DecoderConfig(
+        vocab_size=64, hidden_size=64, mlp_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_size=16, max_positions=args.length,
+    )  # fmt: skip
+    ms: dict[str, float] = {}
+    for name, scaling in (("bf16", None), ("fp8-current", "current"), ("fp8-delayed", "delayed")):
+        ms[name] = _step_ms(config, scaling, args)
+        yield {"step": name, "ms": ms[name], "faster": round(ms["bf16"] / ms[name], 3)}
+    for name in ("bf16", "fp8"):
+        ms[f"products {name}"] = _products_ms(config, name, args)
+        yield {"products_alone": name, "ms": ms[f"products {name}"]}
+    of_products = ms["products bf16"] / ms["bf16"]
+    left = ms["bf16"] - ms["products bf16"] + ms["products fp8"]
+    yield {
+        "tokens": args.batch * args.length, "layers": config.num_layers,
+        "share_of_bf16_step_in_products": round(of_products, 3),
+        "products_faster": round(ms["products bf16"] / ms["products fp8"], 3),
+        "bound_if_quantizing_were_free": round(ms["bf16"] / left, 3),
+        "quantizing_ms_current": round(ms["fp8-current"] - left, 2),
+        "quantizing_ms_delayed": round(ms["fp8-delayed"] - left, 2),
+    }  # fmt: skip
+
+
+def _step_ms(config: DecoderConfig, scaling: Any, args: argparse.Namespace) -> float:
+    decoder = Decoder(config, dtype=jnp.float32, compute_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    if scaling:
+        train_in_fp8(decoder, scaling=scaling)
+    graph, params, histories = nnx.split(decoder, nnx.Param, AmaxHistory)
+    optimizer = optax.adamw(1e-4)
+    tokens = jax.random.randint(
+        jax.random.key(1), (args.batch, args.length + 1), 0, config.vocab_size
+    )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, histories, opt_state):
+        def loss_of(params, histories):
+            logits = nnx.merge(graph, params, histories)(tokens[:, :-1])
+            return sum_of_nll(logits, tokens[:, 1:]) / tokens[:, 1:].size
+
+        grads, histories = jax.grad(loss_of, (0, 1))(params, histories)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), histories, opt_state
+
+    state = params, histories, optimizer.init(params)
+    for _ in range(2):
+        state = step(*state)
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    for _ in range(args.repeats):
+        state = step(*state)
+    jax.block_until_ready(state)
+    return round(1e3 * (time.perf_counter() - start) / args.repeats, 3)
+
+
+def _products_ms(config: DecoderConfig, name: str, args: argparse.Namespace) -> float:
+    """Milliseconds of the three products of every linear layer, from operands that lie ready."""
+    d, f = config.hidden_size, config.mlp_size
+    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    shapes = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
+    m, total = args.batch * args.length, 0.0
+    operand, gradient = (
+        (jnp.float8_e4m3fn, jnp.float8_e5m2) if name == "fp8" else (jnp.bfloat16, jnp.bfloat16)
+    )
+    product = functools.partial(lax.dot_general, preferred_element_type=jnp.bfloat16)
+
+    @jax.jit
+    def three(x, w, g):
+        return (
+            product(x, w, (((1,), (0,)), ((), ()))),
+            product(g, w, (((1,), (1,)), ((), ())), precision="highest" if name == "fp8" else None),
+            product(x, g, (((0,), (0,)), ((), ())), precision="highest" if name == "fp8" else None),
+        )
+
+    for k, n in sorted(set(shapes)):
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, w, g = (
+            jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)
+            for key, shape, dtype in zip(
+                keys, ((m, k), (k, n), (m, n)), (operand, operand, gradient), strict=True
+            )
+        )
+        jax.block_until_ready(three(x, w, g))
+        start = time.perf_counter()
+        jax.block_until_ready([three(x, w, g) for _ in range(args.repeats)])
+        total += shapes.count((k, n)) * (time.perf_counter() - start) / args.repeats
+    return round(1e3 * config.num_layers * total, 3)
+
+
+if __name__ == "__main__":
+    main()
