@@ -94,10 +94,14 @@ def test_half_dtypes(rng, dtype):
 def test_mixed_dtypes_and_the_result_asked_for():
     x, w = jnp.ones((2, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.float32)
     product = functools.partial(fp8_dot_general.dot_general, dimension_numbers=MATRICES)
-    assert product(x, w).dtype == jnp.float32
-    y, pull = jax.vjp(functools.partial(product, preferred_element_type=jnp.bfloat16), x, w)
-    assert y.dtype == jnp.bfloat16
-    assert [d.dtype for d in pull(y)] == [jnp.bfloat16, jnp.float32]
+    assert jax.eval_shape(product, x, w).dtype == jnp.float32
+
+    def both(x, w):
+        y, pull = jax.vjp(functools.partial(product, preferred_element_type=jnp.bfloat16), x, w)
+        return y, *pull(y)
+
+    dtypes = [a.dtype for a in jax.eval_shape(both, x, w)]
+    assert dtypes == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
 
 
 def test_what_the_formats_hold_is_exact(rng):
@@ -120,7 +124,7 @@ def test_it_errs_no_more_than_flax_does(rng):
         rhs_amax_history=history(w), grad_amax_history=jnp.zeros(1),
     )  # fmt: skip
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
-    y = fp8_dot_general.dot_general(x, w, MATRICES)
+    y = jax.jit(lambda: fp8_dot_general.dot_general(x, w, MATRICES))()
     assert np.linalg.norm(y - exact) < 1.02 * np.linalg.norm(theirs - exact)
     assert np.linalg.norm(y - exact) < 0.05 * np.linalg.norm(exact)
 
@@ -203,11 +207,14 @@ def test_under_vmap_and_remat(rng):
     """vmap scales each array by itself; rematerialization changes nothing."""
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 4, 8), (3, 8, 5)))
     product = functools.partial(fp8_dot_general.dot_general, dimension_numbers=MATRICES)
-    got = jax.vmap(product)(x, w)
+    got, one = jax.jit(jax.vmap(product))(x, w), jax.jit(product)
     for i in range(3):
-        np.testing.assert_allclose(got[i], product(x[i], w[i]), rtol=1e-6)
-    plain = jax.grad(lambda w: jnp.sum(jnp.square(product(x[0], w))))(w[0])
-    again = jax.grad(jax.checkpoint(lambda w: jnp.sum(jnp.square(product(x[0], w)))))(w[0])
+        np.testing.assert_allclose(got[i], one(x[i], w[i]), rtol=1e-6)
+
+    def squares(w):
+        return jnp.sum(jnp.square(product(x[0], w)))
+
+    plain, again = (jax.jit(jax.grad(f))(w[0]) for f in (squares, jax.checkpoint(squares)))
     np.testing.assert_allclose(plain, again, rtol=1e-6)
 
 
@@ -222,9 +229,8 @@ def test_under_vmap_and_remat(rng):
 )
 def test_einsum(rng, subscripts, shapes):
     x, w = (jnp.asarray(rng.integers(-8, 9, s), jnp.float32) for s in shapes)
-    np.testing.assert_array_equal(
-        fp8_dot_general.einsum(subscripts, x, w), jnp.einsum(subscripts, x, w)
-    )
+    got = jax.jit(fp8_dot_general.einsum, static_argnums=0)(subscripts, x, w)
+    np.testing.assert_array_equal(got, np.einsum(subscripts, x, w))
 
 
 def test_bad_arguments():

@@ -41,7 +41,7 @@ def data():
 def trained(hooks, data, steps: int = 80):
     """Flax's own recipe: the variables are the parameters of the state."""
     model = Model(hooks)
-    variables = model.init(jax.random.key(0), data[0])
+    variables = jax.jit(model.init)(jax.random.key(0), data[0])
     state = TrainState.create(apply_fn=model.apply, params=variables, tx=optax.adam(1e-2))
 
     @jax.jit
@@ -77,7 +77,7 @@ def test_train_state(hooks, data, exact):
 def test_a_loop_of_ones_own(data):
     """One line: the gradients of that collection are its next values."""
     model = Model("delayed")
-    variables = model.init(jax.random.key(0), data[0])
+    variables = jax.jit(model.init)(jax.random.key(0), data[0])
     optimizer = optax.sgd(0.1)
     state = optimizer.init(variables["params"])
 
@@ -105,5 +105,5 @@ def test_attention_takes_the_hooks():
     layer = nn.MultiHeadDotProductAttention(
         num_heads=2, qkv_dot_general_cls=DelayedDotGeneral, out_dot_general_cls=DelayedDotGeneral
     )
-    variables = layer.init(jax.random.key(0), jnp.ones((1, 3, 8)))
+    variables = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 3, 8)))
     assert len(jax.tree.leaves(variables[OVERWRITTEN])) == 12

@@ -118,9 +118,10 @@ class TestTraining:
 def test_histories_are_the_largest_magnitudes():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     train_in_fp8(model, window=2)
+    step = nnx.jit(fp8_value_and_grad(lambda m, x: jnp.sum(m(x)) * 7))
     for size in (3.0, 5.0, 2.0):
         x = jnp.full((2, 4), size)
-        loss, grads = fp8_value_and_grad(lambda m, x: jnp.sum(m(x)) * 7)(model, x)
+        loss, grads = step(model, x)
         assert set(nnx.to_pure_dict(grads)) == {"kernel", "bias"}
     hook = model.dot_general
     np.testing.assert_allclose(hook.inputs[...], [2, 5, 1])
@@ -151,7 +152,7 @@ def test_a_layer_used_twice_and_one_not_used():
     old = jnp.array([5.0, 2.0, 1.0, 1.0])
     model.never.dot_general.inputs[...] = old
     model.twice.kernel[...] = jnp.eye(4)
-    step = fp8_value_and_grad(lambda m, x: jnp.sum(m.twice(m.twice(x))))
+    step = nnx.jit(fp8_value_and_grad(lambda m, x: jnp.sum(m.twice(m.twice(x)))))
     for size in (64.0, 1.0, 1.0):
         step(model, jnp.full((2, 4), size))
         assert float(amax_history.reach(model.twice.dot_general.inputs[...])) == 128
@@ -186,12 +187,12 @@ def test_stacked_layers_under_scan():
 @pytest.mark.one_version
 def test_a_decoder():
     config = DecoderConfig(
-        vocab_size=32, hidden_size=16, mlp_size=32, num_layers=2, num_heads=2, num_kv_heads=1,
+        vocab_size=32, hidden_size=16, mlp_size=32, num_layers=1, num_heads=2, num_kv_heads=1,
         head_size=8, max_positions=16,
     )  # fmt: skip
     model = Decoder(config, rngs=nnx.Rngs(0))
     paths = train_in_fp8(model)
-    assert len(paths) == 14 and all("_proj" in path for path in paths)
+    assert len(paths) == 7 and all("_proj" in path for path in paths)
     tokens = jnp.arange(16)[None]
     loss, grads = nnx.jit(fp8_value_and_grad(lambda m, t: jnp.mean(jnp.square(m(t)))))(
         model, tokens
