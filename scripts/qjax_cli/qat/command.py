@@ -115,12 +115,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
     recipe, settings = qjax.Recipe.uniform(args.scheme), _settings(args)
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     source = load(args.source)
-    check_format(source.model, recipe, args.format)
+    _check(args, source, recipe)
     tokens = _tokens(args, source)
     folder = args.output.absolute().parent / f"{args.output.name}.training"
     training = TrainingRun(folder, LOG_COLUMNS)
     training.begin(_description(args, settings, tokens, dtype), args.resume and training.has_begun)
-    start = _start(args, source, tokens, recipe, folder, console)
+    start = args.start or _quantized(source, tokens, recipe, folder / "start", console)
     model = trainable(load(start, dtype).model, learned=args.method == "lsq")
     teacher = load(args.teacher, dtype).model if settings.distillation else None
     trainer = Trainer(model, settings, teacher)
@@ -182,34 +182,17 @@ def _description(
     }
 
 
-def _start(
-    args: argparse.Namespace,
-    source: Checkpoint,
-    tokens: Int[np.ndarray, "n length"],
-    recipe: qjax.Recipe,
-    folder: Path,
-    console: Console,
-) -> Path:
-    """The directory of the quantized model that training begins with."""
-    if args.start:
-        _check_start(load(args.start).model, args, recipe)
-        return args.start
-    start = folder / "start"
-    if not start.exists():
-        chosen = np.linspace(0, len(tokens) - 1, min(_CALIBRATION, len(tokens))).round().astype(int)
-        method = qjax.Method.parse(BEST, recipe=recipe)
-        what = f"quantizing, {method.name}"
-        with console.progress(what, 2 * source.model.config.num_layers) as bar:
-            model, report = qjax.quantize_sequentially(
-                source.model, blockwise, tokens[chosen], recipe, method=method,
-                on_step=lambda what: bar.advance(),
-            )  # fmt: skip
-        save(model, source, start, "orbax", report.as_json())
-    return start
-
-
-def _check_start(model: Decoder, args: argparse.Namespace, recipe: qjax.Recipe) -> None:
-    held = nnx_layers.quantized_layers(model)
+def _check(args: argparse.Namespace, source: Checkpoint, recipe: qjax.Recipe) -> None:
+    """Refuses what cannot end well before there is a run."""
+    check_format(source.model, recipe, args.format)
+    if args.method == "lsq" and args.scheme.weights.scale_format == "e8m0":
+        raise ValueError(
+            f"{args.scheme.name} has scales that are powers of two, which no small step moves: "
+            "--method ste trains weights alone"
+        )
+    if args.start is None:
+        return
+    held = nnx_layers.quantized_layers(load(args.start).model)
     if not held:
         raise ValueError(f"{args.start}: holds no quantized layer to start from")
     for path, q in held.items():
@@ -218,6 +201,28 @@ def _check_start(model: Decoder, args: argparse.Namespace, recipe: qjax.Recipe) 
             raise ValueError(
                 f"{args.start}: {path} is {q.scheme.name}, but --scheme asks for {wanted.name}"
             )
+
+
+def _quantized(
+    source: Checkpoint,
+    tokens: Int[np.ndarray, "n length"],
+    recipe: qjax.Recipe,
+    start: Path,
+    console: Console,
+) -> Path:
+    """The directory of the best post-training result; made if it is not there."""
+    if start.exists():
+        return start
+    chosen = np.linspace(0, len(tokens) - 1, min(_CALIBRATION, len(tokens))).round().astype(int)
+    method = qjax.Method.parse(BEST, recipe=recipe)
+    what = f"quantizing, {method.name}"
+    with console.progress(what, 2 * source.model.config.num_layers) as bar:
+        model, report = qjax.quantize_sequentially(
+            source.model, blockwise, tokens[chosen], recipe, method=method,
+            on_step=lambda what: bar.advance(),
+        )  # fmt: skip
+    save(model, source, start, "orbax", report.as_json())
+    return start
 
 
 def _filled(model: Decoder, trained: Decoder) -> Decoder:

@@ -73,7 +73,7 @@ def train(
 
 
 def _is_finite(state: State) -> bool:
-    return math.isfinite(float(optax.global_norm(state.parameters)))
+    return math.isfinite(float(optax.tree.norm(state.parameters)))
 
 
 def _not_finite(loss: float, done: int, run: TrainingRun) -> str:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qjax qat` as users and scripts call it, killed and gone on with too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from qjax import nnx_layers, qtensor
+from qjax_checkpoints import load
+
+pytestmark = pytest.mark.one_version  # whole commands; the parts have tests of their own
+
+PROGRAM = "from qjax_cli.main import entry; entry()"
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """Windows in which each token names the next."""
+    first = np.random.default_rng(0).integers(0, 256, (24, 1))
+    path = tmp_path / "tokens.npy"
+    np.save(path, ((first + 7 * np.arange(33)) % 256).astype(np.int32))
+    return path
+
+
+@pytest.fixture
+def start(qjax, source, tmp_path):
+    path = tmp_path / "start"
+    assert qjax("quantize", source, path, "--scheme", "w4a16-g32").status == 0
+    return path
+
+
+@pytest.fixture
+def arguments(start, tokens):
+    return (
+        "--scheme", "w4a16-g32", "--start", start, "--text", tokens, "--seq-len", 33, "--batch", 4,
+        "--steps", 30, "--rate", 2e-2, "--checkpoint-every", 10,
+    )  # fmt: skip
+
+
+def rows(out):
+    lines = (out.parent / f"{out.name}.training" / "log.csv").read_text().splitlines()
+    return [tuple(line.split(",")[:2]) for line in lines[1:]]
+
+
+def weights(out):
+    return (out / "model.safetensors").read_bytes()
+
+
+def test_trains_and_writes_what_was_trained(qjax, source, tmp_path, tokens, arguments):
+    out = tmp_path / "out"
+    done = qjax("qat", source, out, *arguments, "--json")
+    assert done.status == 0, done.err
+    told = json.loads(done.out)
+    assert told["steps"] == 30 and told["tokens"] == 30 * 4 * 33 and told["method"] == "lsq"
+    report = json.loads((out / "qjax_report.json").read_text())
+    assert report["training"]["last_loss"] == told["last_loss"]
+    assert {layer["scheme"] for layer in report["layers"]} == {"w4a16-g32"}
+    losses = [float(loss) for _, loss in rows(out)]
+    assert [int(step) for step, _ in rows(out)] == [9, 19, 29] and losses[-1] < 0.8 * losses[0]
+
+    model, before = load(out).model, load(source).model
+    held = nnx_layers.quantized_layers(model)
+    assert len(held) == 14 and held.keys() == {entry["path"] for entry in report["layers"]}
+    assert all(q.dtype == "bfloat16" and q.scale.dtype == "bfloat16" for q in held.values())
+    first = nnx_layers.quantized_layers(load(tmp_path / "start").model)
+    changed = [(qtensor.unpacked(held[p]) != qtensor.unpacked(first[p])).any() for p in held]
+    assert all(changed)
+    assert (model.model.norm.weight[...] != before.model.norm.weight[...]).any()
+    worth = [
+        json.loads(qjax("eval", path, "--tokens", tokens, "--json").out)["nll"]
+        for path in (out, tmp_path / "start")
+    ]
+    assert worth[0] < worth[1] - 0.5
+
+
+def test_killed_and_resumed_it_goes_the_same_way(qjax, source, tmp_path, arguments):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    options = (*arguments, "--teacher", source, "--distillation", 0.5, "--method", "ste")
+    command = [sys.executable, "-c", PROGRAM, "qat", source, out, *options]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    checkpoints = tmp_path / "out.training/checkpoints"
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        while not (checkpoints / "10").exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    again = qjax("qat", source, out, *options)
+    assert again.status == 1 and "holds a run already: --resume it" in again.err
+    for path, more in ((out, ("--resume",)), (whole, ())):
+        done = qjax("qat", source, path, *options, *more)
+        assert done.status == 0, done.err
+    assert rows(out) == rows(whole) and len(rows(out)) == 3
+    assert weights(out) == weights(whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (("--distillation", 0.5), "--distillation 0.5 needs a --teacher"),
+        (
+            ("--scheme", "w4a16-g64"),
+            "model/layers/0/mlp/down_proj is w4a16-g32, but --scheme asks for w4a16-g64",
+        ),
+        (("--scheme", "w4a16-g48"), "group size 48 does not divide"),
+        (("--rate", 1e30, "--steps", 10), "are not finite behind step 10"),
+    ],
+)
+def test_bad_input(qjax, source, tmp_path, arguments, more, line):
+    out = tmp_path / "out"
+    done = qjax("qat", source, out, *arguments, *more)
+    assert done.status == 1 and done.err.count("\n") == 1 and line in done.err
+    assert not out.exists()
+
+
+def test_a_run_of_another_description_is_not_gone_on_with(qjax, source, tmp_path, arguments):
+    out = tmp_path / "out"
+    short = (*arguments, "--steps", 10)
+    assert qjax("qat", source, out, *short).status == 0
+    kept = sorted((tmp_path / "out.training/checkpoints").iterdir())
+    other = tmp_path / "moved"
+    out.rename(other)
+    for more, what in ((("--seed", 1), "settings"), (("--method", "ste"), "method")):
+        done = qjax("qat", source, out, *short, *more, "--resume")
+        assert done.status == 1 and f"the run was begun with another {what}" in done.err
+    assert sorted((tmp_path / "out.training/checkpoints").iterdir()) == kept
+    done = qjax("qat", source, out, *short, "--resume")  # all steps are done: it writes OUT again
+    assert done.status == 0 and weights(out) == weights(other)
+
+
+def test_schemes_that_cannot_learn_scales_train_weights(qjax, source, tmp_path, tokens):
+    made = ("quantize", source, tmp_path / "mx", "--scheme", "mxfp4", "--format", "orbax")
+    assert qjax(*made).status == 0
+    out = tmp_path / "out"
+    common = (
+        "qat", source, out, "--scheme", "mxfp4", "--start", tmp_path / "mx", "--text", tokens, "--seq-len", 33,
+        "--batch", 4, "--steps", 10, "--format", "orbax",
+    )  # fmt: skip
+    done = qjax(*common)
+    assert done.status == 1 and "powers of two, which no small step moves: --method ste" in done.err
+    done = qjax(*common, "--method", "ste")  # nothing stands in its way
+    assert done.status == 0, done.err
+    held = nnx_layers.quantized_layers(load(out).model)
+    assert {q.scheme.name for q in held.values()} == {"mxfp4"}
+
+
+def test_begins_with_the_best_post_training_result(qjax, source, tmp_path, tokens):
+    out = tmp_path / "out"
+    done = qjax(
+        "qat", source, out, "--scheme", "w4a8", "--text", tokens, "--seq-len", 33, "--steps", 2,
+        "--teacher", source,
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    report = json.loads((tmp_path / "out.training/start/qjax_report.json").read_text())
+    methods = {entry["method"] for entry in report["layers"] if entry["scheme"]}
+    assert methods == {"smoothquant+gptq+learned"}
