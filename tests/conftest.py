@@ -3,7 +3,10 @@
 
 import os
 import pkgutil
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -53,3 +56,17 @@ def forgotten_programs():
     yield
     if _MAPS.exists() and len(_MAPS.read_text().splitlines()) > _MANY_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture
+def run_page() -> Callable[[str], dict[str, Any]]:
+    """Runs the Python of a page of the documentation as one program, and gives its names."""
+
+    def run(name: str) -> dict[str, Any]:
+        page = Path(__file__).parents[1] / "docs" / name
+        snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+        names: dict[str, Any] = {}
+        exec(compile("\n".join(snippets), str(page), "exec"), names)
+        return names
+
+    return run

@@ -1,23 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program in docs/low_precision_training.md runs."""
 
-import re
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "low_precision_training.md"
-
 
 @pytest.mark.one_version
-def test_the_snippets():
-    snippets = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.M | re.S)
-    assert len(snippets) == 6
-    names: dict = {}
-    exec(compile("\n".join(snippets), DOCUMENT.name, "exec"), names)
+def test_the_snippets(run_page):
+    names = run_page("low_precision_training.md")
     assert names["paths"] == ("layers/0", "layers/2")
     fp8, half = np.split(np.asarray(names["losses"]), 2)
     assert (np.diff(fp8) < 0).all() and (np.diff(half) < 0).all()
