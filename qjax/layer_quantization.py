@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from qjax import nnx_layers, qtensor, statistics
+from qjax import low_rank, nnx_layers, qtensor, statistics
 from qjax.algorithms import gptq, llm_int8, round_nearest
 from qjax.assignment import Assignment
 from qjax.method import Method
@@ -107,6 +107,10 @@ def _quantize(
     path: str, layer: QuantizableLayer, scheme: Scheme, method: Method, inputs: Inputs | None
 ) -> LayerReport:
     start = time.perf_counter()
+    if low_rank.adapter_of(layer) is not None:
+        raise ValueError(
+            f"{path}: has an adapter, which its weight belongs to; qjax.requantize_lora takes both"
+        )
     w = nnx_layers.weight_of(layer)
     if isinstance(w, QTensor):
         raise ValueError(f"{path}: already quantized to {w.format.name}; start from the original")
