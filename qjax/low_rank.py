@@ -225,7 +225,6 @@ class AdaptedDot(Adapter):
         self, x: Shaped[Array, "..."], w: Any, dimension_numbers: Any, **options: Any
     ) -> Float[Array, "..."]:
         """The adapted product; arguments as those of ``jax.lax.dot_general``."""
-
         # An nnx.LinearGeneral may have none of its own.
         base = lax.dot_general if self.base is None else self.base
 
@@ -242,7 +241,6 @@ class AdaptedEinsum(Adapter):
         self, subscripts: str, x: Shaped[Array, "..."], w: Any, **options: Any
     ) -> Float[Array, "..."]:
         """The adapted product; arguments as those of ``jnp.einsum``."""
-
         base = jnp.einsum if self.base is None else self.base
 
         def product(x: Any, w: Any) -> Array:

@@ -71,7 +71,9 @@ def expected_correction(adapter, kernel_shape, letters, use):
     )
     b = np.asarray(adapter.lora_b[...], np.float64)
     b = b.reshape(*(lengths[c] for c in lead), b.shape[-2], *(lengths[c] for c in free))
-    return adapter.alpha / adapter.rank * np.einsum(f"{lead}{summed}R,{lead}R{free}->{letters}", a, b)
+    return (
+        adapter.alpha / adapter.rank * np.einsum(f"{lead}{summed}R,{lead}R{free}->{letters}", a, b)
+    )
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -87,7 +89,9 @@ def test_a_layer_computes_what_its_merged_weight_does(kind):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=100 * EPSILON * np.abs(expected).max())
     # And the weight that it merges to is that sum, rounded once.
     merged = merge_lora(nnx.Sequential(layer)).layers[0]
-    np.testing.assert_allclose(merged.kernel[...], sum_, rtol=0, atol=4 * EPSILON * np.abs(sum_).max())
+    np.testing.assert_allclose(
+        merged.kernel[...], sum_, rtol=0, atol=4 * EPSILON * np.abs(sum_).max()
+    )
     assert low_rank.adapter_of(merged) is None and type(merged.kernel) is nnx.Param
     np.testing.assert_allclose(
         merged(jnp.asarray(x)) - bias, expected, rtol=0, atol=100 * EPSILON * np.abs(expected).max()
@@ -123,7 +127,9 @@ def test_gradients_are_those_of_the_formula(scheme):
         (found.lora_b[...], 0.5 * (x @ a).T @ dy),
         (of_x, dy @ w.T + 0.5 * (dy @ b.T) @ a.T),
     ):
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=50 * EPSILON * np.abs(expected).max())
+        np.testing.assert_allclose(
+            ours, expected, rtol=0, atol=50 * EPSILON * np.abs(expected).max()
+        )
 
 
 def test_the_backward_pass_keeps_codes_and_not_weights():
@@ -155,14 +161,18 @@ def test_a_merged_weight_is_rounded_once_to_the_dtype_of_the_base():
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.standard_normal((64, 32)), jnp.bfloat16)
     q = qjax.quantize(w, "nf4")
-    factors = Factors(*(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((64, 4), (4, 32))))
+    factors = Factors(
+        *(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((64, 4), (4, 32)))
+    )
     axes = KernelAxes(lead=(), summed=(0,), free=(1,))
     ours = low_rank.merged(q, factors, 0.25, axes)
     wide = np.asarray(qjax.dequantize(q, jnp.float32), np.float64)
     exact = wide + 0.25 * np.asarray(factors.a, np.float64) @ np.asarray(factors.b, np.float64)
     assert ours.dtype == jnp.bfloat16
     # Half a unit in the last of eight places, and the rounding of the float32 sum.
-    assert (np.abs(np.asarray(ours, np.float64) - exact) <= np.abs(exact) * (2.0**-8 + 1e-6) + 1e-6).all()
+    assert (
+        np.abs(np.asarray(ours, np.float64) - exact) <= np.abs(exact) * (2.0**-8 + 1e-6) + 1e-6
+    ).all()
 
 
 @pytest.mark.parametrize("rank", [0, -1, 6])
