@@ -13,6 +13,7 @@ from flax import nnx
 
 from qjax import QTensor, Recipe, dequantize
 from qjax.formats import device_bytes
+from qjax.lora import adapters
 from qjax.nnx_layers import named_variables
 from qjax_checkpoints.atomic import check_space, check_writable, new_directory
 from qjax_checkpoints.checkpoint import Checkpoint
@@ -72,13 +73,19 @@ def save(
 
     Raises:
         ValueError: no such format, `out` exists or cannot be made, the format does not hold a layer
-            (named), the model's projections are joined, or the disk is full. Nothing is left then.
+            (named), the model has adapters or joined projections, or the disk is full. Nothing is left
+            then.
     """
     if is_joined(model):
         raise ValueError(
             "the model's projections or experts are joined (join_projections, stack_experts), and files "
             "have them apart: "
             "save the model as it was before"
+        )
+    if adapters(model):
+        raise ValueError(
+            "the model has adapters, which these formats have no place for: merge them (qjax.merge_lora, "
+            "qjax.requantize_lora), or write them by themselves (save_adapter)"
         )
     check_writable(out)
     config = plain_config(model, source.config)
