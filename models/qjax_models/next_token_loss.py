@@ -49,11 +49,31 @@ def next_token_loss(
             f"need rows of 2 tokens or more, and at least 1 position at once, got {tokens.shape=} "
             f"and {positions_at_once=}"
         )
-    hidden = _hidden(model, tokens)[:, :-1].reshape(-1, model.config.hidden_size)
+    return loss_of_features(
+        model, _hidden(model, tokens), tokens, positions_at_once=positions_at_once
+    )
+
+
+def loss_of_features(
+    model: Decoder,
+    features: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    *,
+    positions_at_once: int = 512,
+) -> Float[Array, ""]:
+    """The same from what `Decoder.hidden` gives, however it was computed.
+
+    Args:
+        model: whose head makes the logits.
+        features: of every token.
+        tokens: rows of two tokens or more.
+        positions_at_once: for so many positions logits are in memory at a time.
+    """
     targets = tokens[:, 1:].reshape(-1)
-    count = len(targets)
-    missing = -count % min(positions_at_once, count)
-    hidden = jnp.pad(hidden, ((0, missing), (0, 0)))
+    features = features[:, :-1].reshape(len(targets), -1)
+    rows = min(positions_at_once, len(targets))
+    missing = -len(targets) % rows
+    features = jnp.pad(features, ((0, missing), (0, 0)))
     targets = jnp.pad(targets, (0, missing), constant_values=-1)
 
     @jax.checkpoint
@@ -63,10 +83,9 @@ def next_token_loss(
         nll = -jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
         return total + jnp.sum(jnp.where(targets >= 0, nll, 0.0)), None
 
-    parts = (count + missing) // min(positions_at_once, count)
-    in_parts = hidden.reshape(parts, -1, hidden.shape[-1]), targets.reshape(parts, -1)
-    total, _ = lax.scan(add, jnp.float32(0), in_parts)
-    return total / count
+    parts = features.reshape(-1, rows, features.shape[-1]), targets.reshape(-1, rows)
+    total, _ = lax.scan(add, jnp.float32(0), parts)
+    return total / (len(targets) - missing)
 
 
 def _hidden(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
