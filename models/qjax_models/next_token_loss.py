@@ -23,7 +23,7 @@ from qjax_models.decoder import Decoder
 
 
 def next_token_loss(
-    model: Decoder, tokens: Int[Array, "B T"], *, positions_at_once: int = 512
+    model: Decoder, tokens: Int[Array, "B T"], positions_at_once: int = 512
 ) -> Float[Array, ""]:
     """Mean negative log-likelihood of the tokens that a model predicts, in nats.
 
@@ -49,16 +49,13 @@ def next_token_loss(
             f"need rows of 2 tokens or more, and at least 1 position at once, got {tokens.shape=} "
             f"and {positions_at_once=}"
         )
-    return loss_of_features(
-        model, _hidden(model, tokens), tokens, positions_at_once=positions_at_once
-    )
+    return loss_of_features(model, _hidden(model, tokens), tokens, positions_at_once)
 
 
 def loss_of_features(
     model: Decoder,
     features: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
-    *,
     positions_at_once: int = 512,
 ) -> Float[Array, ""]:
     """The same from what `Decoder.hidden` gives, however it was computed.
