@@ -42,14 +42,13 @@ def with_random_b(model):
     return model
 
 
-@pytest.mark.parametrize("scheme", ["nf4-g16", "w4a16-g16", "w4a16-g16-asym", "w8a8", None])
+@pytest.mark.parametrize("scheme", ["nf4-g16", "w4a16-g16-asym", "w8a8", None])
 def test_an_adapted_model_begins_as_the_model_that_it_was(scheme):
     base = Model()
     if scheme:
         base, _ = qjax.quantize_model(base, scheme)
     model = add_lora(base, rank=4)
     assert list(adapters(model)) == ["in_proj", "out_proj"] and not adapters(base)
-    np.testing.assert_array_equal(model(TOKENS), base(TOKENS))
     np.testing.assert_array_equal(
         nnx.jit(Model.__call__)(model, TOKENS), nnx.jit(Model.__call__)(base, TOKENS)
     )
