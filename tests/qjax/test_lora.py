@@ -42,7 +42,7 @@ def with_random_b(model):
     return model
 
 
-@pytest.mark.parametrize("scheme", ["nf4-g16", "w4a16-g16-asym", "w8a8", None])
+@pytest.mark.parametrize("scheme", ["nf4-g16", "w8a8", None])
 def test_an_adapted_model_begins_as_the_model_that_it_was(scheme):
     base = Model()
     if scheme:
@@ -140,7 +140,7 @@ def test_a_plain_train_step_trains_the_factors_alone():
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model, nnx.Not(nnx.LoRAParam)))
 
 
-@pytest.mark.parametrize("scheme", ["nf4-g16", "w4a16-g16-asym", None])
+@pytest.mark.parametrize("scheme", ["nf4-g16", None])
 def test_a_merged_model_computes_the_same(scheme):
     base = Model()
     if scheme:
@@ -149,9 +149,10 @@ def test_a_merged_model_computes_the_same(scheme):
     merged = merge_lora(model)
     assert not adapters(merged) and not quantized_layers(merged) and len(adapters(model)) == 2
     assert jax.tree.structure(nnx.state(merged)) == jax.tree.structure(nnx.state(Model()))
-    ours, expected = merged(TOKENS), model(TOKENS)
+    run = nnx.jit(Model.__call__)
+    ours, expected = run(merged, TOKENS), run(model, TOKENS)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=100 * EPSILON * np.abs(expected).max())
-    assert np.abs(expected - base(TOKENS)).max() > 0.01 * np.abs(expected).max()
+    assert np.abs(expected - run(base, TOKENS)).max() > 0.01 * np.abs(expected).max()
 
 
 def test_layers_without_an_adapter_stay_quantized():
