@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """qjax: quantize JAX/Flax models well, run them fast, take them to and from the Hugging Face world."""
 
+from qjax import low_precision as low_precision
 from qjax.algorithms.round_nearest import quantize as quantize
 from qjax.budget import Choice as Choice
 from qjax.budget import choose_schemes as choose_schemes
@@ -8,6 +9,9 @@ from qjax.calibration import calibrate as calibrate
 from qjax.evaluation import Evaluation as Evaluation
 from qjax.evaluation import evaluate as evaluate
 from qjax.kernel_products import prepare as prepare
+from qjax.lora import add_lora as add_lora
+from qjax.lora import merge_lora as merge_lora
+from qjax.lora import requantize_lora as requantize_lora
 from qjax.method import Method as Method
 from qjax.nnx_layers import QuantizedParam as QuantizedParam
 from qjax.ops import dot_general as dot_general

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def next_token_loss(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, ""]:
+def cross_entropy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, ""]:
     """Mean negative log-likelihood of every token but the first of each window, in nats.
 
     Args:
@@ -25,7 +25,7 @@ def next_token_loss(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) ->
       tokens: of the windows.
 
     Example:
-      >>> float(next_token_loss(jnp.zeros((1, 3, 8)), jnp.zeros((1, 3), int))) == float(jnp.log(8.0))
+      >>> float(cross_entropy(jnp.zeros((1, 3, 8)), jnp.zeros((1, 3), int))) == float(jnp.log(8.0))
       True
     """
     log_q = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))

@@ -87,9 +87,13 @@ def fake_quantize(
       >>> fake_quantize(jnp.array([0.3, 9.0]), grid, formats.INT4, (2,)).tolist()
       [0.5, 3.5]
     """
-    grid = LearnedGrid(*(_with_gradient(leaf, gradient_scale) for leaf in grid))
+    grid = LearnedGrid(
+        _with_gradient(grid.scale, gradient_scale), _with_gradient(grid.zero, gradient_scale),
+        grid.tensor_scale,
+    )  # fmt: skip
     step, zero = _in_use(grid, fmt, dtype)
-    return _fake_quantize(v.astype(jnp.float32), step, zero, fmt, tile).astype(v.dtype)
+    rounded: Array = _fake_quantize(v.astype(jnp.float32), step, zero, fmt, tile)
+    return rounded.astype(v.dtype)
 
 
 def stored(grid: LearnedGrid, fmt: Format, dtype: Any = jnp.float32) -> Grid:

@@ -88,14 +88,14 @@ def straight_through(
         return StraightThroughState(jnp.zeros((), jnp.int32), params, inner.init(params))
 
     def update(
-        gradients: Any, state: StraightThroughState, params: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, StraightThroughState]:
         if params is None:
             raise ValueError(
                 "straight_through needs the parameters: update(gradients, state, params)"
             )
         moves, inner_state = optax.with_extra_args_support(inner).update(
-            gradients, state.inner, state.masters, **extra
+            updates, state.inner, state.masters, **extra
         )
         weights = found(params)
         moved = optax.apply_updates(state.masters, moves)
@@ -111,8 +111,8 @@ def straight_through(
         ]
         begun = sum((state.step >= first).astype(jnp.int32) for first, _ in stages[1:])
         target = jax.lax.switch(begun, places) if len(places) > 1 else places[0]()
-        updates = jax.tree.map(_difference, target, params)
-        return updates, StraightThroughState(state.step + 1, moved, inner_state)
+        steps = jax.tree.map(_difference, target, params)
+        return steps, StraightThroughState(state.step + 1, moved, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -210,16 +210,16 @@ def _step(
     teacher: Any, settings: Settings,
 ) -> tuple[State, Float[Array, ""]]:  # fmt: skip
     share = settings.distillation
-    targets = nnx.merge(teacher, teacher_state)(tokens) if share else None
+    targets = nnx.merge(teacher, teacher_state)(tokens) if share else jnp.zeros(())
 
-    def model_of(parameters: dict[str, Any]) -> Any:
+    def model_of(parameters: Any) -> Any:
         return nnx.merge(graphdef, parameters["scales"], parameters["others"], rest)
 
     def loss(parameters: dict[str, Any]) -> Float[Array, ""]:
         logits = model_of(parameters)(tokens)
-        learned = share * language_model.distillation_loss(logits, targets) if share else 0.0
-        read = (1 - share) * language_model.next_token_loss(logits, tokens) if share < 1 else 0.0
-        return learned + read
+        learned = language_model.distillation_loss(logits, targets) if share else jnp.zeros(())
+        read = language_model.cross_entropy(logits, tokens) if share < 1 else jnp.zeros(())
+        return share * learned + (1 - share) * read
 
     value, gradients = jax.value_and_grad(loss)(state.parameters)
     updates, optimizer_state = optimizer(settings).update(

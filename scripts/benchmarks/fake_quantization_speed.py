@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import qjax
-from qjax.qat.language_model import next_token_loss
+from qjax.qat.language_model import cross_entropy
 from qjax_models import Decoder, DecoderConfig
 
 
@@ -88,7 +88,7 @@ def _step(
     params: Any, state: Any, rest: Any, tokens: Int[Array, "B T"], *, graphdef: Any
 ) -> tuple[Any, Any, Float[Array, ""]]:
     def loss(params: Any) -> Float[Array, ""]:
-        return next_token_loss(nnx.merge(graphdef, params, rest)(tokens), tokens)
+        return cross_entropy(nnx.merge(graphdef, params, rest)(tokens), tokens)
 
     value, gradients = jax.value_and_grad(loss)(params)
     updates, state = optax.adam(1e-4).update(gradients, state, params)

@@ -20,8 +20,6 @@ from qjax.lora import adapters
 from qjax_checkpoints import load, load_adapter, shipped
 from qjax_models import Decoder
 
-PAGE = Path(__file__).parents[2] / "docs" / "qlora.md"
-
 
 @pytest.fixture
 def one_block(tmp_path) -> Path:
@@ -38,12 +36,10 @@ def one_block(tmp_path) -> Path:
 
 
 @pytest.mark.one_version
-def test_the_page_runs(one_block, tmp_path, monkeypatch):
+def test_the_page_runs(run_page, one_block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shipped, "model_path", lambda: one_block)
-    (program,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    page: dict = {}
-    exec(compile(program, str(PAGE), "exec"), page)
+    page = run_page("qlora.md")
     losses, model = page["losses"], page["model"]
     assert losses[-1] < 0.9 * losses[0] and len(adapters(model)) == 7
     untouched, _ = quantize_model(load(one_block).model, "nf4")
