@@ -10,8 +10,9 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from qjax import Recipe, dequantize, quantize_model, quantize_sequentially
+from qjax import Recipe, dequantize, quantize_model, quantize_sequentially, quantized, trainable
 from qjax.nnx_layers import quantized_layers
+from qjax.qat.training import Settings, Trainer
 from qjax_checkpoints.load import load
 from qjax_checkpoints.save import save
 from qjax_checkpoints.shards import pending_array, write_safetensors
@@ -333,3 +334,24 @@ def test_tokenizers_agree(tmp_path):
         assert ours.encode("héllo") == theirs("héllo")["input_ids"]
         assert (ours.encode("a")[0] == 256) == adds_bos
         assert ours.eos_ids == (257,)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g64", "w4a8"])
+def test_what_was_trained_with_fake_quantization(pretrained, tmp_path, scheme):
+    source = load(pretrained())
+    start, _ = quantize_model(source.model, scheme)
+    settings = Settings(steps=3, batch=2, rate=1e-2, warmup=0, distillation=0.0)
+    trainer = Trainer(trainable(start), settings)
+    state = trainer.start()
+    for _ in range(settings.steps):
+        state, _ = trainer.step(state, TOKENS.astype(np.int32))
+    trained = trainer.model(state)
+    result = quantized(trained)
+    save(result, source, tmp_path / "trained", "compressed-tensors")
+    before, after = (quantized_layers(model) for model in (start, result))
+    assert all((before[path].scale != q.scale).any() for path, q in after.items())
+    ours = np.asarray(forward(trained, TOKENS))
+    # int8 products round elsewhere than products of dequantized values do.
+    bound = 2e-2 if scheme == "w4a8" else 1e-5
+    assert relative(torch_logits(tmp_path / "trained", torch.float32), ours) < bound
+    assert relative(np.asarray(forward(load(tmp_path / "trained").model, TOKENS)), ours) < bound
