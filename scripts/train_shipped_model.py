@@ -46,6 +46,7 @@ def _prepare(options: argparse.Namespace) -> dict[str, Any]:
         sample_bytes=options.sample_bytes,
         num_workers=options.workers,
         limits=CorpusLimits(),
+        known_tokenizer=options.tokenizer,
     )
 
 
@@ -94,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     site_packages = Path(sysconfig.get_path("purelib"))
     prepare.add_argument(
         "--packages", type=Path, nargs="+", default=[site_packages], help="folders to train on"
+    )
+    prepare.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json to encode with, instead of learning one"
     )
     prepare.add_argument("--vocab-size", type=int, default=ModelShape.vocab_size)
     prepare.add_argument("--max-positions", type=int, default=ModelShape.max_positions)

@@ -29,6 +29,7 @@ def prepare(
     sample_bytes: int,
     num_workers: int,
     limits: corpus.CorpusLimits,
+    known_tokenizer: Path | None = None,
 ) -> dict[str, Any]:
     """Write the work folder and return what `data.json` holds.
 
@@ -41,14 +42,18 @@ def prepare(
         sample_bytes: how much text the tokenizer learns from.
         num_workers: processes to use.
         limits: what a file must be like.
+        known_tokenizer: a `tokenizer.json` to encode with; None: one is learned from the text.
     """
     start = time.monotonic()
     held_out = evaluation_text(stdlib)  # first, so that a library without sources is found at once
     kept = corpus.read_corpus(packages, stdlib, limits, num_workers)
     _say(start, f"{len(kept.texts)} documents, {kept.num_bytes / 1e6:.1f} MB; {kept.counts}")
     shared = corpus.shared_with_corpus(kept.texts, held_out, limits.min_line_chars)
-    bpe = tokenizer.train_tokenizer(kept.texts, vocab_size, sample_bytes)
-    _say(start, f"tokenizer with {vocab_size} entries")
+    if known_tokenizer is None:
+        bpe = tokenizer.train_tokenizer(kept.texts, vocab_size, sample_bytes)
+        _say(start, f"tokenizer with {vocab_size} entries")
+    else:
+        bpe = tokenizer.read_tokenizer(known_tokenizer)
     tokens = tokenizer.encode_documents(bpe, kept.texts, num_workers)
     _say(start, f"{len(tokens) / 1e6:.2f} million tokens")
     data = {

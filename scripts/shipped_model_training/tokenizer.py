@@ -38,6 +38,23 @@ _PIECES = (
 )
 
 
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read a tokenizer that was saved.
+
+    Raises:
+        ValueError: the file is missing or no tokenizer, or entry 0 is not the end of a text.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{file}: not a tokenizer.json: {error}") from error
+    if tokenizer.id_to_token(0) != END_OF_TEXT:
+        raise ValueError(f"{file}: entry 0 is {tokenizer.id_to_token(0)!r}, not {END_OF_TEXT!r}")
+    return tokenizer
+
+
 def train_tokenizer(texts: Sequence[str], vocab_size: int, sample_bytes: int) -> Tokenizer:
     """Train the tokenizer on an evenly spread sample of `texts`.
 

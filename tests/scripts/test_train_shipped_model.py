@@ -71,6 +71,20 @@ def test_prepare_records_the_data(work: Path) -> None:
     assert 0 <= data["held_out_lines_in_corpus"] < 0.1
 
 
+def test_prepare_encodes_with_a_tokenizer_that_is_there(work: Path, tmp_path: Path, capsys) -> None:
+    packages = SCRIPT.parent / "shipped_model_training"
+    prepare = ["prepare", "--packages", packages, "--workers", 1, "--work", tmp_path / "again"]
+    assert run(*prepare, "--tokenizer", work / "tokenizer.json") == 0
+    tokens = [np.load(folder / "tokens.npy") for folder in (work, tmp_path / "again")]
+    assert np.array_equal(*tokens)
+    for file, line in (
+        (tmp_path / "none.json", "no such file"),
+        (work / "data.json", "not a tokenizer"),
+    ):
+        assert run(*prepare, "--tokenizer", file) == 1
+        assert line in capsys.readouterr().err
+
+
 def test_training_learns(finished: Path) -> None:
     values = [float(loss) for _, loss in losses(finished)]
     assert len(values) == 20
