@@ -17,7 +17,7 @@ class LayerReport:
       shape: of the weight.
       relative_output_error: ``|x w - x w'| / |x w|`` over the calibration rows ``x``; without them in
         expectation over white inputs, which is ``|w - w'| / |w|``; None when the layer was left as it
-        is or shares another's weight.
+        is, shares another's weight, or was trained with all others for the model's output.
       bytes_before: of the weight as it was; 0 when it is counted with another layer.
       bytes_after: of what stands in its place.
       seconds: spent on it.

@@ -152,7 +152,7 @@ def trainable(model: Model, *, learned: bool = True, dtype: Any = jnp.float32) -
             grid = None
             if learned or q.scale.dtype != jnp.float8_e8m0fnu:
                 grid = form.starting_grid(q, path)
-            hook = FakeQuantizer(wanted, nnx_layers.summed_input(layer), grid, learned=learned)
+            hook = FakeQuantizer(wanted, _summed(path, layer), grid, learned=learned)
             hooks[id(held)] = nnx.Param(qtensor.dequantize(q, dtype)), hook
         _train(layer, *hooks[id(held)])
     if not hooks:
@@ -218,6 +218,13 @@ def _trainable_form(path: str, layer: QuantizableLayer, q: QTensor) -> Form:
     return Form.of(q, path)
 
 
+def _summed(path: str, layer: QuantizableLayer) -> nnx_layers.SummedInput:
+    try:
+        return nnx_layers.summed_input(layer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _check_kind(path: str, layer: QuantizableLayer) -> None:
     if isinstance(layer, nnx.Embed):
         raise ValueError(
@@ -231,7 +238,7 @@ def _hook(path: str, assigned: Assignment, wanted: Form) -> None:
     if path in assigned.shared:
         hook = assigned.layers[assigned.shared[path]].promote_dtype
     else:
-        hook = FakeQuantizer(wanted, nnx_layers.summed_input(layer))
+        hook = FakeQuantizer(wanted, _summed(path, layer))
     nnx_layers.set_hooks(layer, promote_dtype=hook)
 
 

@@ -29,10 +29,12 @@ from jaxtyping import Int
 
 import qjax
 from qjax import nnx_layers
+from qjax.formats import device_bytes
 from qjax.method import BEST
 from qjax.nnx_layers import named_variables
 from qjax.qat.fake_quantizer import quantized, trainable
 from qjax.qat.training import Settings, Trainer
+from qjax.report import LayerReport, QuantizationReport
 from qjax.scheme import SUPPORTED
 from qjax_checkpoints.atomic import check_writable
 from qjax_checkpoints.checkpoint import Checkpoint
@@ -133,7 +135,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         "scheme": args.scheme.name,
         "settings": dataclasses.asdict(settings),
     }
-    save(result, source, args.output, args.format, {"training": summary} | _layers(result))
+    report = _report(result, source.model, args.method).as_json()
+    save(result, source, args.output, args.format, report | {"training": summary})
     console.result(
         {"output": str(args.output)} | summary,
         f"{args.output}: {summary['steps']} steps of {settings.batch * tokens.shape[1]} tokens, loss "
@@ -233,12 +236,23 @@ def _filled(model: Decoder, trained: Decoder) -> Decoder:
     return model
 
 
-def _layers(model: Decoder) -> dict[str, Any]:
-    """What each layer holds, for the report."""
+def _report(model: Decoder, source: Decoder, method: str) -> QuantizationReport:
+    """What became of each layer."""
     held = nnx_layers.quantized_layers(model)
-    return {
-        "layers": [
-            {"path": path, "scheme": q.scheme.name, "shape": list(q.shape), "bytes_after": q.nbytes}
-            for path, q in held.items()
-        ]
-    }
+    layers = []
+    for path, layer in nnx_layers.quantizable_layers(source):
+        q, w = held.get(path), nnx_layers.weight_of(layer)
+        layers.append(
+            LayerReport(
+                path=path,
+                scheme=q.scheme.name if q else None,
+                method=f"qat-{method}" if q else None,
+                shape=w.shape,
+                relative_output_error=None,
+                bytes_before=device_bytes(w),
+                bytes_after=device_bytes(w if q is None else q),
+                seconds=0.0,
+                reason="" if q else "no rule names it",
+            )
+        )
+    return QuantizationReport(layers=tuple(layers), unmatched_rules=())

@@ -60,13 +60,17 @@ def test_trains_and_writes_what_was_trained(qjax, source, tmp_path, tokens, argu
     assert told["steps"] == 30 and told["tokens"] == 30 * 4 * 33 and told["method"] == "lsq"
     report = json.loads((out / "qjax_report.json").read_text())
     assert report["training"]["last_loss"] == told["last_loss"]
-    assert {layer["scheme"] for layer in report["layers"]} == {"w4a16-g32"}
+    reported = {layer["path"]: layer for layer in report["layers"] if layer["scheme"]}
+    assert {(entry["scheme"], entry["method"]) for entry in reported.values()} == {
+        ("w4a16-g32", "qat-lsq")
+    }
+    assert report["totals"]["bytes_after"] < report["totals"]["bytes_before"]
     losses = [float(loss) for _, loss in rows(out)]
     assert [int(step) for step, _ in rows(out)] == [9, 19, 29] and losses[-1] < 0.8 * losses[0]
 
     model, before = load(out).model, load(source).model
     held = nnx_layers.quantized_layers(model)
-    assert len(held) == 14 and held.keys() == {entry["path"] for entry in report["layers"]}
+    assert len(held) == 14 and held.keys() == reported.keys()
     assert all(q.dtype == "bfloat16" and q.scale.dtype == "bfloat16" for q in held.values())
     first = nnx_layers.quantized_layers(load(tmp_path / "start").model)
     changed = [(qtensor.unpacked(held[p]) != qtensor.unpacked(first[p])).any() for p in held]
