@@ -291,7 +291,7 @@ class Rule:
 
 
 # Few parameters and much damage: these stay as they are unless a rule names them.
-_PROTECTED = re.compile(r"(.*/)?[^/]*(norm|embed|lm_head)[^/]*")
+_PROTECTED = re.compile(r"(.*/)?[^/]*(norm|embed|lm_head)[^/]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ A checkpoint appears whole or not at all, so a kill at any moment leaves the one
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from qjax_checkpoints.json_file import read_json, write_json
+from qjax_checkpoints.json_file import read_json
 
 
 class TrainingRun:
@@ -59,7 +60,7 @@ class TrainingRun:
                 raise ValueError(
                     f"{self.path}: holds a run already: --resume it or name another folder"
                 )
-            write_json(file, description)
+            _write(file, json.dumps(description, indent=2) + "\n")
             return
         begun, wanted = self.description(), json.loads(json.dumps(description))
         changed = sorted(key for key in begun | wanted if begun.get(key) != wanted.get(key))
@@ -131,7 +132,7 @@ class TrainingRun:
     def rewind_log(self, step: int) -> None:
         """Keeps the rows of the first so many steps, and those only."""
         rows = [row for row in self.log_rows() if int(row.split(",", 1)[0]) < step]
-        self._log.write_text("\n".join([self._header, *rows]) + "\n")
+        _write(self._log, "\n".join([self._header, *rows]) + "\n")
 
     def append_log(self, rows: Sequence[str]) -> None:
         """Adds rows of further steps."""
@@ -145,6 +146,13 @@ class TrainingRun:
     @property
     def _log(self) -> Path:
         return self.path / "log.csv"
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    beside = file.with_name(f".{file.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
 
 
 def _short(value: Any) -> str:

@@ -137,7 +137,8 @@ def scale_by_adam_8bit(
 
     def init(params: PyTree) -> ScaleByAdam8BitState:
         leaves, structure = jax.tree.flatten(params)
-        zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
+        # In the shape of each leaf and where it lies.
+        zeros = [jnp.zeros_like(leaf, jnp.float32) for leaf in leaves]
         mu, nu = ([encoded(z, None) for z in zeros] for encoded in (first_encoded, second_encoded))
         return state_of(jnp.zeros((), jnp.int32), mu, nu, structure)
 
@@ -174,7 +175,11 @@ def adamw_8bit(
     eps: float = 1e-8,
     weight_decay: float = 1e-4,
     mask: Any = None,
-    **options: Any,
+    *,
+    second: Literal["blocks", "float16"] = "blocks",
+    block_size: int = 256,
+    rounding: Literal["stochastic", "nearest"] = "stochastic",
+    seed: int = 0,
 ) -> optax.GradientTransformation:
     """``optax.adamw`` with moments in 8 bits.
 
@@ -185,13 +190,18 @@ def adamw_8bit(
       eps: added to the root.
       weight_decay: times the rate; 0 is ``optax.adam``.
       mask: which parameters decay, as in ``optax.adamw``.
-      **options: keyword arguments of :func:`scale_by_adam_8bit`.
+      second: as in :func:`scale_by_adam_8bit`.
+      block_size: likewise.
+      rounding: likewise.
+      seed: likewise.
 
     Example:
       >>> optimizer = adamw_8bit(1e-3, block_size=128)
     """
     return optax.chain(
-        scale_by_adam_8bit(b1, b2, eps, **options),
+        scale_by_adam_8bit(
+            b1, b2, eps, second=second, block_size=block_size, rounding=rounding, seed=seed
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

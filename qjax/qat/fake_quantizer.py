@@ -113,6 +113,8 @@ def with_hooks(model: Model, recipe: Recipe, dtype: Any = None) -> Model:
             raise ValueError(
                 f"{path}: already quantized to {w.format.name}; qjax.trainable makes its weights train"
             )
+        if isinstance(layer.promote_dtype, FakeQuantizer):
+            raise ValueError(f"{path}: trains with fake quantization already")
         _hook(path, assigned, _form(path, layer, assigned, dtype))
     return result
 
@@ -257,4 +259,4 @@ def _cast(model: nnx.Module, dtype: Any) -> None:
         ):
             continue
         if jnp.issubdtype(value.dtype, jnp.floating):
-            variable.set_value(value.astype(dtype))
+            variable.set_value(jnp.array(value, dtype))  # a copy: training may give buffers up

@@ -10,6 +10,7 @@ largest weight of its tile, so nothing lies beyond and every gradient passes. Wi
 (:mod:`qjax.qat.lsq`) what lies at its ends or beyond has none.
 """
 
+import math
 from dataclasses import dataclass
 
 from jaxtyping import Array, Float
@@ -105,7 +106,11 @@ def fake_quantize(
     _check_shape(w, form)
     if grid is None:
         return straight_through(w, qtensor.dequantize(quantize(w, form), w.dtype))
-    return lsq.fake_quantize(w, grid, form.scheme.weights.format, form.tile, dtype=form.scale_dtype)
+    fmt, tile = form.scheme.weights.format, form.tile
+    return lsq.fake_quantize(
+        w, grid, fmt, tile, dtype=form.scale_dtype,
+        gradient_scale=lsq.gradient_scale(math.prod(tile), fmt),
+    )  # fmt: skip
 
 
 def quantize(w: Float[Array, "..."], form: Form, grid: LearnedGrid | None = None) -> QTensor:

@@ -34,7 +34,7 @@ def fake_quant_activations(recipe: str | Recipe) -> Callable[..., Any]:
         scheme = known.scheme_for("/".join(layer.path))
         if scheme is None or scheme.activations is None:
             return call(*args, **kwargs)
-        x, *others = args
+        x, *others = args or (kwargs.pop("inputs"),)
         axis = layer.axis if isinstance(layer, nn.DenseGeneral) else -1
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
         summed = tuple(sorted(a % x.ndim for a in axes))

@@ -91,7 +91,7 @@ def fake_quantize(
         _with_gradient(grid.scale, gradient_scale), _with_gradient(grid.zero, gradient_scale),
         grid.tensor_scale,
     )  # fmt: skip
-    step, zero = _in_use(grid, fmt, dtype)
+    step, zero = in_use(grid, fmt, dtype)
     rounded: Array = _fake_quantize(v.astype(jnp.float32), step, zero, fmt, tile)
     return rounded.astype(v.dtype)
 
@@ -119,7 +119,7 @@ def from_stored(grid: Grid) -> LearnedGrid:
             "scales that are powers of two cannot be learned: no small step moves them"
         )
     zero = None if grid.zero is None else grid.zero.astype(jnp.float32)
-    return LearnedGrid(grid.scale.astype(jnp.float32), zero, grid.tensor_scale)
+    return LearnedGrid(jnp.array(grid.scale, jnp.float32), zero, grid.tensor_scale)
 
 
 def initial_step(v: Float[Array, "..."], fmt: Format, tile: tuple[int, ...]) -> Float[Array, "..."]:
@@ -179,8 +179,14 @@ def gradient_scale(count: int, fmt: Format) -> float:
     return 1 / math.sqrt(count * fmt.high)
 
 
-def _in_use(grid: LearnedGrid, fmt: Format, dtype: Any) -> tuple[Any, Any]:
-    """The float32 factor and zero of each tile, with the gradients of the unrounded ones."""
+def in_use(grid: LearnedGrid, fmt: Format, dtype: Any = jnp.float32) -> tuple[Any, Any]:
+    """The float32 factor and whole zero of each tile, with the gradients of the unrounded ones.
+
+    Args:
+      grid: its parameters.
+      fmt: format of the codes.
+      dtype: of stored scales.
+    """
     step = straight_through(grid.scale, _rounded(grid.scale, dtype).astype(jnp.float32))
     if grid.tensor_scale is not None:
         step = step * jax.lax.stop_gradient(grid.tensor_scale)

@@ -29,7 +29,7 @@ class StraightThroughState(NamedTuple):
 
     Attributes:
       step: updates so far.
-      masters: all parameters, quantized ones in full precision.
+      masters: all parameters, quantized ones in float32.
       inner: of the optimizer inside.
     """
 
@@ -48,15 +48,15 @@ def straight_through(
     """An optimizer whose parameters stay on a quantization grid.
 
     ``init`` takes full-precision parameters; :func:`on_grid` gives those that the model is to begin with.
-    Each update ends on the grid to within the rounding of one float32 addition, since optax adds updates
-    to parameters; the masters are exact.
+    Each update ends on the grid to within the rounding of one addition in the parameters' dtype, since
+    optax adds updates to parameters; the masters are exact, and float32 whatever the parameters are.
 
     Args:
       inner: moves the masters.
       recipe: which layers are held how; or stages of a schedule, ``[(first step, recipe), ...]`` from
         step 0 on, each tightening the grid of the one before: the same layers in fewer bits.
-      frozen: the update from which on layers stay where they are, by regular expressions over their whole
-        paths; the first that matches decides.
+      frozen: the update from which on the masters of layers stay as they are, by regular expressions over
+        their whole paths; the first that matches decides. A later stage still tightens their grid.
       axes: as in :func:`qjax.fake_quant`.
 
     Raises:
@@ -85,7 +85,9 @@ def straight_through(
                     f"frozen: {pattern!r} matches no quantized layer; paths look like "
                     f"{', '.join(list(first.forms)[:3])}"
                 )
-        return StraightThroughState(jnp.zeros((), jnp.int32), params, inner.init(params))
+        # Copies, even of what is not quantized: both may be given up for the next step's.
+        full = first.map(lambda path, w: w.astype(jnp.float32), jax.tree.map(jnp.copy, params))
+        return StraightThroughState(jnp.zeros((), jnp.int32), full, inner.init(full))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
@@ -169,5 +171,6 @@ def _kept(path: str, frozen: Mapping[str, int], step: Any, new: Any, old: Any) -
 
 def _difference(target: Float[Array, "..."], now: Float[Array, "..."]) -> Float[Array, "..."]:
     """What, added to where a parameter is, comes as near to its target as a sum can."""
+    target = target.astype(now.dtype)
     step = target - now
     return step + (target - (now + step))

@@ -38,7 +38,8 @@ def pact(x: Float[Array, "*shape"], alpha: Float[Array, ""], bits: int) -> Float
     """
     if bits < 1:
         raise ValueError(f"a code has at least one bit, got {bits=}")
-    alpha = alpha.astype(jnp.float32)
+    # Regularized like a weight it may come to zero, where everything is cut off.
+    alpha = jnp.maximum(alpha.astype(jnp.float32), jnp.finfo(jnp.float32).tiny * 2**bits)
     step = alpha / (2**bits - 1)
     return (jnp.round(jnp.clip(x.astype(jnp.float32), 0.0, alpha) / step) * step).astype(x.dtype)
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which leaves of a plain tree of arrays a recipe quantizes: Linen parameters, nested dicts, states.
 
-A leaf is a weight if it has floats and two axes or more, and is not called ``bias`` or ``scale``. Its
-layer's path, which rules match, is the leaf's own, joined by slashes, without a last ``kernel`` or
-``embedding``, as Flax calls them. A tree does not say what a product sums over: it is the last axis but
-one, as in an ``[in, out]`` kernel, the last of an ``embedding``, and for others what ``axes`` says.
+A leaf is a weight if it has floats and two axes or more; in a tree that calls leaves ``kernel``, as Flax
+does, those and ``embedding`` alone. Its layer's path, which rules match, is the leaf's own, joined by
+slashes, without that last name. Embeddings stay as they are unless a rule names them. A tree does not
+say what a product sums over: it is the first axis of an ``[in, out]`` matrix, the last of an
+``embedding``, and of a weight of more axes what ``axes`` says.
 """
 
 import re
@@ -61,23 +62,28 @@ def weights_of(tree: Any, recipe: Recipe, axes: Axes | None = None, dtype: Any =
       dtype: logical dtype of the QTensors later on; None: that of each weight.
 
     Raises:
-      ValueError: the recipe quantizes no leaf, or a group size does not divide one (named).
+      ValueError: the recipe quantizes no leaf, a group size does not divide one, or one of more than two
+        axes is not among ``axes`` (named).
 
     Example:
       >>> tree = {"up": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
       >>> list(weights_of(tree, Recipe.uniform("w4a16-g4")).forms)
       ['up']
     """
-    forms, paths = {}, []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path, kind = _layer_of(jax.tree_util.keystr(keys, simple=True, separator="/"))
-        scheme = recipe.scheme_for(path) if _is_weight(path, leaf) else None
+    forms, paths, leaves = {}, [], jax.tree.leaves(tree)
+    layers = [_layer_of(path) for path in _paths(tree)]
+    flax = any(kind == "kernel" for _, kind in layers)
+    for (path, kind), leaf in zip(layers, leaves, strict=True):
+        rule = None
+        if _is_weight(leaf) and (kind or not flax):
+            rule = recipe.rule_for(path, protected=kind == "embedding")
+        scheme = None if rule is None else rule.scheme
         paths.append(path if scheme else None)
         if scheme is None:
             continue
         held = str(jnp.dtype(dtype or leaf.dtype))
         form = Form(
-            scheme=scheme, axis=_axis(path, kind, axes or {}), shape=leaf.shape, dtype=held,
+            scheme=scheme, axis=_axis(path, kind, leaf.ndim, axes or {}), shape=leaf.shape, dtype=held,
             scale_dtype=held, name=path,
         )  # fmt: skip
         _ = form.tile  # whether the group size divides the axis
@@ -106,14 +112,19 @@ def _layer_of(path: str) -> tuple[str, str]:
     return (layer or name, name) if name in ("kernel", "embedding") else (path, "")
 
 
-def _is_weight(path: str, leaf: Any) -> bool:
-    if path.rpartition("/")[2] in ("bias", "scale"):  # of several axes where outputs have several
-        return False
+def _is_weight(leaf: Any) -> bool:
     return jnp.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _axis(path: str, kind: str, axes: Axes) -> tuple[int, ...]:
+def _axis(path: str, kind: str, ndim: int, axes: Axes) -> tuple[int, ...]:
     for pattern, axis in axes.items():
         if re.fullmatch(pattern, path):
             return axis
-    return (-1,) if kind == "embedding" else (-2,)
+    if kind == "embedding":
+        return (-1,)
+    if ndim > 2:
+        raise ValueError(
+            f"{path}: a tree does not say which of its {ndim} axes a product sums over; do so, such as "
+            f"axes={{{path!r}: (-{ndim},)}}"
+        )
+    return (-2,)

@@ -28,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qjax import nnx_layers, tiles
-from qjax.qat import language_model
+from qjax.qat import language_model, lsq
 from qjax.qat.fake_quantizer import FakeQuantizer, LearnedScale
 
 _LAST_RATE = 0.1  # share of the highest rate at the end
@@ -45,7 +45,7 @@ class Settings:
       batch: windows of a step.
       rate: highest rate of weights, norms and embeddings.
       scale_rate: highest rate of learned scales, as a share of their size.
-      warmup: steps over which rates rise.
+      warmup: steps over which rates rise; of a short run its first tenth.
       distillation: share of the teacher in the loss, in [0, 1]; needs one if above 0.
       clip: longest gradient, in its global norm.
       seed: of the order of windows.
@@ -153,12 +153,12 @@ class Trainer:
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
     """Adam over ``{"scales": ..., "others": ...}``, with the rates of the module's docstring."""
+    warmup = min(settings.warmup, settings.steps // 10)
 
     def rate(peak: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(
-            0.0 if settings.warmup else peak, peak, min(settings.warmup, settings.steps),
-            max(settings.steps, settings.warmup + 1), _LAST_RATE * peak,
-        )  # fmt: skip
+            peak / (warmup + 1), peak, warmup, settings.steps, _LAST_RATE * peak
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
@@ -179,15 +179,14 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 def put_inside(model: nnx.Module) -> None:
     """Moves weights beyond the ends of a grid of their own to just inside it, in place."""
     for layer, hook in _hooked(model):
-        grid = hook.grid
+        grid, form = hook.grid, hook.form
         if grid is None:
             continue
         variable = nnx_layers.variable_of(layer)
-        w, fmt, tile = variable.get_value(), hook.form.scheme.weights.format, hook.form.tile
-        shape = w.shape[w.ndim - len(tile) :]
-        scale = grid.scale if grid.tensor_scale is None else grid.scale * grid.tensor_scale
-        step = tiles.spread(scale, tile, shape)
-        zero = 0.0 if grid.zero is None else jnp.round(tiles.spread(grid.zero, tile, shape))
+        w, fmt, tile = variable.get_value(), form.scheme.weights.format, form.tile
+        factors, zeros = lsq.in_use(grid, fmt, form.scale_dtype)
+        step = tiles.spread(factors, tile, form.shape)
+        zero = 0.0 if zeros is None else tiles.spread(zeros, tile, form.shape)
         low, high = (fmt.low + _INSIDE - zero) * step, (fmt.high - _INSIDE - zero) * step
         variable.set_value(jnp.clip(w, low, high).astype(w.dtype))
 

@@ -63,21 +63,36 @@ def calibration_windows(
       ValueError: what the other functions here raise, a text shorter than one window, or a token file
         beside others.
     """
+    found = windows_to_train_on(files, source, vocab_size, length=length)
+    return found[np.linspace(0, len(found) - 1, min(samples, len(found))).round().astype(int)]
+
+
+def windows_to_train_on(
+    files: list[Path], source: Path, vocab_size: int, *, length: int
+) -> Int32[np.ndarray, "n length"]:
+    """All windows of one token file, or of text files.
+
+    Args:
+      files: one `.npy` file, or UTF-8 text.
+      source: the model's directory, whose tokenizer reads text.
+      vocab_size: of the model.
+      length: tokens of a window; those of a token file may be shorter.
+
+    Raises:
+      ValueError: as :func:`calibration_windows` does.
+    """
     tokens_files = [file for file in files if file.suffix == ".npy"]
     if tokens_files and len(files) > 1:
-        raise ValueError(
-            f"{tokens_files[0]}: a token file is calibrated on alone, or text files are"
-        )
+        raise ValueError(f"{tokens_files[0]}: a token file is taken alone, or text files are")
     if tokens_files:
-        found = windows_of_array(files[0], vocab_size, length)
-    else:
-        found = windows_of_files(files, load_tokenizer(source, vocab_size=vocab_size), length)
-        if found.shape[1] < length:
-            raise ValueError(
-                f"{', '.join(map(str, files))}: {found.shape[1]} tokens of text are less than one "
-                f"window of {length}; give more text or a smaller --seq-len"
-            )
-    return found[np.linspace(0, len(found) - 1, min(samples, len(found))).round().astype(int)]
+        return windows_of_array(files[0], vocab_size, length)
+    found = windows_of_files(files, load_tokenizer(source, vocab_size=vocab_size), length)
+    if found.shape[1] < length:
+        raise ValueError(
+            f"{', '.join(map(str, files))}: {found.shape[1]} tokens of text are less than one "
+            f"window of {length}; give more text or a smaller --seq-len"
+        )
+    return found
 
 
 def windows_of_array(file: Path, vocab_size: int, length: int) -> Int32[np.ndarray, "n length"]:

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Int
 
 import qjax
-from qjax import nnx_layers
+from qjax import assignment, nnx_layers
 from qjax.formats import device_bytes
 from qjax.method import BEST
 from qjax.nnx_layers import named_variables
@@ -41,7 +41,6 @@ from qjax_checkpoints.checkpoint import Checkpoint
 from qjax_checkpoints.directory import fingerprint
 from qjax_checkpoints.load import load
 from qjax_checkpoints.save import check_format, save
-from qjax_checkpoints.tokenizer import load_tokenizer
 from qjax_checkpoints.training_run import TrainingRun
 from qjax_cli import text
 from qjax_cli.arguments import number, scheme, whole_number
@@ -107,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of OUT, as in qjax quantize",
     )  # fmt: skip
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint of the same command"
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint of the same command; begin if there is none",
     )
 
 
@@ -118,13 +119,16 @@ def run(args: argparse.Namespace, console: Console) -> None:
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     source = load(args.source)
     _check(args, source, recipe)
-    tokens = _tokens(args, source)
+    tokens = text.windows_to_train_on(
+        args.text, args.source, source.model.config.vocab_size, length=args.seq_len
+    )
+    teacher = _teacher(args, source, dtype) if settings.distillation else None
+    description = _description(args, settings, tokens, dtype)
     folder = args.output.absolute().parent / f"{args.output.name}.training"
     training = TrainingRun(folder, LOG_COLUMNS)
-    training.begin(_description(args, settings, tokens, dtype), args.resume and training.has_begun)
+    training.begin(description, args.resume and training.has_begun)
     start = args.start or _quantized(source, tokens, recipe, folder / "start", console)
     model = trainable(load(start, dtype).model, learned=args.method == "lsq")
-    teacher = load(args.teacher, dtype).model if settings.distillation else None
     trainer = Trainer(model, settings, teacher)
     state, summary = train(
         trainer, training, tokens, checkpoint_every=args.checkpoint_every, console=console
@@ -137,10 +141,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
     }
     report = _report(result, source.model, args.method).as_json()
     save(result, source, args.output, args.format, report | {"training": summary})
+    loss = summary["last_loss"]  # None where the log was lost
+    told = "" if loss is None else f", loss {loss:.4f}"
     console.result(
         {"output": str(args.output)} | summary,
-        f"{args.output}: {summary['steps']} steps of {settings.batch * tokens.shape[1]} tokens, loss "
-        f"{summary['last_loss']:.4f}; {summary['seconds']:.1f} s",
+        f"{args.output}: {summary['steps']} steps of {settings.batch * tokens.shape[1]} tokens{told}; "
+        f"{summary['seconds']:.1f} s",
     )
 
 
@@ -156,17 +162,6 @@ def _settings(args: argparse.Namespace) -> Settings:
     )  # fmt: skip
 
 
-def _tokens(args: argparse.Namespace, source: Checkpoint) -> Int[np.ndarray, "n length"]:
-    """All windows of the text."""
-    config = source.model.config
-    if any(file.suffix == ".npy" for file in args.text):
-        if len(args.text) > 1:
-            raise ValueError("--text takes text files, or one token file alone")
-        return text.windows_of_array(args.text[0], config.vocab_size, args.seq_len)
-    tokenizer = load_tokenizer(args.source, vocab_size=config.vocab_size)
-    return text.windows_of_files(args.text, tokenizer, args.seq_len)
-
-
 def _description(
     args: argparse.Namespace, settings: Settings, tokens: Int[np.ndarray, "n length"], dtype: Any
 ) -> dict[str, Any]:
@@ -177,7 +172,7 @@ def _description(
         "start": fingerprint(args.start) if args.start else BEST,
         "scheme": args.scheme.name,
         "method": args.method,
-        "settings": dataclasses.asdict(settings),
+        **dataclasses.asdict(settings),
         "text": f"{tokens.shape[0]} windows of {tokens.shape[1]} tokens "
         f"({hashlib.sha256(tokens.tobytes()).hexdigest()[:12]})",
         "dtype": str(dtype),
@@ -187,23 +182,48 @@ def _description(
 
 def _check(args: argparse.Namespace, source: Checkpoint, recipe: qjax.Recipe) -> None:
     """Refuses what cannot end well before there is a run."""
+    if nnx_layers.quantized_layers(source.model):
+        raise ValueError(
+            f"{args.source}: is quantized; train from the model as it was, with this as --start"
+        )
     check_format(source.model, recipe, args.format)
     if args.method == "lsq" and args.scheme.weights.scale_format == "e8m0":
         raise ValueError(
             f"{args.scheme.name} has scales that are powers of two, which no small step moves: "
             "--method ste trains weights alone"
         )
-    if args.start is None:
-        return
-    held = nnx_layers.quantized_layers(load(args.start).model)
-    if not held:
-        raise ValueError(f"{args.start}: holds no quantized layer to start from")
-    for path, q in held.items():
-        wanted = recipe.scheme_for(path)
-        if wanted is not None and q.scheme != wanted:
+    if args.start is not None:
+        _check_start(args.start, load(args.start).model, source.model, recipe)
+
+
+def _check_start(path: Path, start: Decoder, source: Decoder, recipe: qjax.Recipe) -> None:
+    ours, theirs = (dataclasses.asdict(model.config) for model in (source, start))
+    # A rotated start has a head of its own, and is the same model.
+    names = ours.keys() - {"tied_embeddings"}
+    different = sorted(name for name in names if ours[name] != theirs[name])
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{path}: is of another model than SRC: {name} is {theirs[name]} there and {ours[name]} here"
+        )
+    held = nnx_layers.quantized_layers(start)
+    for layer in assignment.assign(source, recipe).quantized:
+        wanted, found = recipe.scheme_for(layer), held.get(layer)
+        if found is None or found.scheme != wanted:
+            is_now = "not quantized" if found is None else found.scheme.name
             raise ValueError(
-                f"{args.start}: {path} is {q.scheme.name}, but --scheme asks for {wanted.name}"
+                f"{path}: {layer} is {is_now}, but --scheme asks for {wanted and wanted.name}"
             )
+
+
+def _teacher(args: argparse.Namespace, source: Checkpoint, dtype: Any) -> Decoder:
+    teacher = load(args.teacher, dtype).model
+    theirs, ours = teacher.config.vocab_size, source.model.config.vocab_size
+    if theirs != ours:
+        raise ValueError(
+            f"{args.teacher}: knows {theirs} tokens, SRC {ours}; a teacher shares the vocabulary"
+        )
+    return teacher
 
 
 def _quantized(

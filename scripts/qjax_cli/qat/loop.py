@@ -52,7 +52,8 @@ def train(
     with contextlib.closing(run), console.progress("training", total) as bar:
         bar.reach(done)
         while done < total:
-            before, done = done, min(done + _LOG_EVERY - done % _LOG_EVERY, total)
+            ends = (done + every - done % every for every in (_LOG_EVERY, checkpoint_every))
+            before, done = done, min(total, *ends)
             begun, losses = time.perf_counter(), []
             for step in range(before, done):
                 batch = windows.batch(tokens, step, settings.batch, settings.seed)
@@ -61,7 +62,7 @@ def train(
             loss = float(jnp.mean(jnp.stack(losses)))
             took = time.perf_counter() - begun
             seconds += took
-            due = done == total or done // checkpoint_every > before // checkpoint_every
+            due = done == total or done % checkpoint_every == 0
             if not math.isfinite(loss) or (due and not _is_finite(state)):
                 raise ValueError(_not_finite(loss, done, run))
             run.append_log([f"{done - 1},{loss!r},{seconds:.3f}"])
@@ -77,12 +78,12 @@ def _is_finite(state: State) -> bool:
 
 
 def _not_finite(loss: float, done: int, run: TrainingRun) -> str:
-    kept = "there is no checkpoint yet"
+    kept = "it has no checkpoint yet"
     if run.step is not None:
-        kept = f"the checkpoint of step {run.step} is whole"
+        kept = f"its checkpoint of step {run.step} is whole"
     return (
-        f"{run.path}: loss or weights are not finite behind step {done} (loss {loss:.4g}); {kept}; a "
-        "smaller --rate may help"
+        f"{run.path}: loss or weights are not finite behind step {done} (loss {loss:.4g}); {kept}; "
+        "without this folder the command begins anew, with a smaller --rate perhaps"
     )
 
 
@@ -90,6 +91,5 @@ def _summary(run: TrainingRun, steps: int, tokens: int, seconds: float) -> dict[
     """How a training went; the last loss is the mean of the last twentieth of the log."""
     losses = [float(row.split(",")[1]) for row in run.log_rows()]
     last = losses[-max(1, len(losses) // 20) :]
-    return {
-        "steps": steps, "tokens": tokens, "last_loss": sum(last) / len(last), "seconds": seconds
-    }  # fmt: skip
+    mean = sum(last) / len(last) if last else None
+    return {"steps": steps, "tokens": tokens, "last_loss": mean, "seconds": seconds}

@@ -15,4 +15,7 @@ def test_the_snippets(run_page):
     assert (np.diff(fp8) < 0).all() and (np.diff(half) < 0).all()
     assert int(names["skipped"][...]) == 0
     assert names["weights"]["w"].dtype == jnp.bfloat16
-    jax.tree.map(np.testing.assert_array_equal, names["mean"], names["updates"])
+    # Of the whole batch, by hand: the mean of the devices' means.
+    expected = jax.grad(lambda w: jnp.mean((names["x"] @ w) ** 2))(jnp.ones((16, 4)))
+    assert jax.device_count() > 1
+    np.testing.assert_allclose(names["mean"], expected, atol=2**-3 * np.abs(expected).max())

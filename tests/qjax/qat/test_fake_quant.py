@@ -125,7 +125,23 @@ def test_a_plain_tree_with_learned_grids() -> None:
     assert held["bias"] is params["weights"]["bias"]
 
 
+def test_what_is_no_weight_stays() -> None:
+    flax = {
+        "Embed_0": {"embedding": jnp.ones((8, 4))}, "BatchNorm_0": {"mean": jnp.ones((2, 4))},
+        "Dense_0": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones((2, 2))},
+    }  # fmt: skip
+    held = qjax.quantized_params(flax, "w4a16-channel")
+    assert isinstance(held["Dense_0"]["kernel"], qjax.QTensor)
+    assert held["Embed_0"] == flax["Embed_0"] and held["BatchNorm_0"] == flax["BatchNorm_0"]
+    assert held["Dense_0"]["bias"] is flax["Dense_0"]["bias"]
+    named = qjax.Recipe.from_json([["Embed_0", "w4a16-channel"]])
+    assert qjax.quantized_params(flax, named)["Embed_0"]["embedding"].axis == (-1,)
+
+
 def test_bad_input() -> None:
+    attention = {"query": {"kernel": jnp.ones((32, 4, 8))}}
+    with pytest.raises(ValueError, match="query: a tree does not say which of its 3 axes"):
+        qjax.fake_quant(attention, "w4a16-channel")
     tree = {"up": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
     with pytest.raises(ValueError, match="no rule .* quantizes a leaf; paths look like up"):
         qjax.fake_quant(tree, qjax.Recipe.from_json([["down", "w4a16"]]))

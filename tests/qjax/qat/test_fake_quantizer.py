@@ -97,6 +97,10 @@ def test_training_goes_on_from_a_quantized_model(learned: bool) -> None:
     x, _ = data()
     model.eval()
     np.testing.assert_allclose(qjax.quantized(model)(x), model(x), atol=1e-5)
+    shared = {id(a) for a in jax.tree.leaves(nnx.state(start))} & {
+        id(a) for a in jax.tree.leaves(nnx.state(qjax.trainable(start), nnx.Param))
+    }
+    assert not shared  # training may give its buffers up
 
 
 def test_scales_have_a_rate_of_their_own() -> None:
@@ -176,6 +180,8 @@ def test_bad_input() -> None:
     done, _ = qjax.quantize_model(net, "w4a16-g32")
     with pytest.raises(ValueError, match="einsum: already quantized to int4; qjax.trainable"):
         qjax.fake_quant(done, "w4a16-g32")
+    with pytest.raises(ValueError, match="einsum: trains with fake quantization already"):
+        qjax.fake_quant(qjax.trainable(done), "w4a16-g32")
     with pytest.raises(ValueError, match="no layer of the model is quantized"):
         qjax.trainable(net)
     with pytest.raises(ValueError, match="no layer of the model trains with fake quantization"):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer's side of the straight-through estimator, alone and in optax's compositions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,35 @@ def test_equals_the_estimator_by_hand(wrap) -> None:
         on_grid = qjax.fake_quant(qjax.masters(state), SCHEME)
         # One addition in float32 away, and the same codes.
         assert_close(now, on_grid, rtol=2e-7, atol=1e-7)
+
+
+def test_buffers_may_be_given_up() -> None:
+    tx = qjax.straight_through(optax.adam(0.1), SCHEME)
+    now, state = qjax.on_grid(params(), SCHEME), tx.init(params())
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(now, state):
+        updates, state = tx.update(jax.grad(loss)(now, batch(0)), state, now)
+        return optax.apply_updates(now, updates), state
+
+    for _ in range(3):
+        now, state = step(now, state)
+    assert_close(now, qjax.fake_quant(qjax.masters(state), SCHEME), rtol=2e-7, atol=1e-7)
+
+
+def test_masters_of_16_bit_parameters_move_by_less_than_those_could() -> None:
+    first = {"kernel": jnp.full((16, 4), 1.0, jnp.bfloat16).at[0].set(2.0)}
+    tx = qjax.straight_through(optax.sgd(1e-4), "w8a16-channel")
+    now, state = qjax.on_grid(first, "w8a16-channel"), tx.init(first)
+    for _ in range(200):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, now), state, now)
+        now = optax.apply_updates(now, updates)
+    assert (
+        qjax.masters(state)["kernel"].dtype == jnp.float32 and now["kernel"].dtype == jnp.bfloat16
+    )
+    np.testing.assert_allclose(qjax.masters(state)["kernel"][1:], 0.98, rtol=1e-4)
+    worth = qjax.fake_quant(qjax.masters(state), "w8a16-channel", dtype=jnp.bfloat16)["kernel"]
+    np.testing.assert_allclose(now["kernel"].astype(jnp.float32), worth, rtol=2**-8)
 
 
 def test_gradient_accumulation() -> None:

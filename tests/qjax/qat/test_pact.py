@@ -24,6 +24,10 @@ def test_value_and_gradients(bits: int) -> None:
     assert float(d_alpha) == pytest.approx(cotangent[x >= alpha].sum(), rel=1e-5)
 
 
+def test_a_level_that_has_come_to_zero_cuts_all_off() -> None:
+    assert pact(jnp.array([-1.0, 0.0, 2.0]), jnp.array(0.0), 4).tolist() == pytest.approx([0, 0, 0])
+
+
 def test_a_code_has_a_bit() -> None:
     with pytest.raises(ValueError, match="at least one bit"):
         pact(jnp.ones(2), jnp.array(1.0), 0)

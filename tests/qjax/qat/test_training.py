@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax import qtensor
+from qjax import formats, qtensor
 from qjax.qat import language_model, windows
 from qjax.qat.fake_quantizer import LearnedScale
-from qjax.qat.training import Settings, Trainer, put_inside
+from qjax.qat.training import Settings, Trainer, optimizer, put_inside
 
 VOCABULARY, WIDTH = 16, 32
 
@@ -91,23 +91,44 @@ def test_a_step_is_a_function_of_its_state() -> None:
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
-@pytest.mark.parametrize("scheme", ["w2a16-g32", "w3a16-g16-asym", "fp8-a16"])
+@pytest.mark.parametrize("scheme", ["w2a16-g32", "w3a16-g16-asym", "fp8-a16", "w8a8", "nvfp4"])
 def test_weights_stay_inside_their_grids(scheme: str) -> None:
-    model = qjax.trainable(qjax.quantize_model(Tiny(nnx.Rngs(0)), scheme)[0])
-    before = qtensor.unpacked(qjax.quantized(model).middle.kernel[...])
-    kernel = model.middle.kernel
-    far = kernel[...].at[0].set(100.0).at[1].set(-100.0)
-    kernel.set_value(far)
+    half = nnx.clone(Tiny(nnx.Rngs(0)))  # scales are stored in 16 bits, or in 8
+    nnx.update(half, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(half)))
+    model = qjax.trainable(qjax.quantize_model(half, scheme)[0])
+    scales = nnx.state(model, LearnedScale)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf * 1.003, scales))
+    fmt = model.middle.promote_dtype.form.scheme.weights.format
+
+    def values():
+        return formats.decode(qtensor.unpacked(qjax.quantized(model).middle.kernel[...]), fmt)
+
+    before, kernel = values(), model.middle.kernel
+    kernel.set_value(kernel[...].at[0].set(100.0).at[1].set(-100.0))
     put_inside(model)
-    hook = model.middle.promote_dtype
-    after = qtensor.unpacked(qjax.quantized(model).middle.kernel[...]).astype(jnp.float32)
-    assert (after[0] == hook.form.scheme.weights.format.high).all()
-    assert (after[1] == hook.form.scheme.weights.format.low).all()
-    np.testing.assert_array_equal(after[2:], before[2:].astype(jnp.float32))
+    after = values()
+    assert (after[0] == fmt.high).all() and (after[1] == fmt.low).all()
+    np.testing.assert_array_equal(after[2:], before[2:])
     # Whatever lies there has a gradient again.
     slopes = nnx.grad(lambda m: m.middle(jnp.ones((1, WIDTH))).sum())(model)
     assert (slopes.middle.kernel[...] != 0).all()
     assert nnx.state(model, LearnedScale)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 200])
+def test_rates_rise_and_fall_in_runs_of_any_length(steps: int) -> None:
+    settings = Settings(steps=steps, rate=1.0, clip=1e9, distillation=0.0)
+    tx = optimizer(settings)
+    params = {"scales": {"s": jnp.ones(1)}, "others": {"w": jnp.zeros(1)}}
+    state, moves = tx.init(params), []
+    for _ in range(steps):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        moves.append(
+            -float(updates["others"]["w"][0])
+        )  # Adam's steps of equal gradients are its rate
+    assert moves[0] > 0 and max(moves) == pytest.approx(1.0, rel=1e-3)
+    if steps == 200:
+        assert np.argmax(moves) == 20 and moves[-1] == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_round_shows_every_window_once() -> None:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from qjax import nnx_layers, qtensor
 from qjax_checkpoints import load
@@ -85,7 +87,7 @@ def test_trains_and_writes_what_was_trained(qjax, source, tmp_path, tokens, argu
 
 def test_killed_and_resumed_it_goes_the_same_way(qjax, source, tmp_path, arguments):
     out, whole = tmp_path / "out", tmp_path / "whole"
-    options = (*arguments, "--teacher", source, "--distillation", 0.5, "--method", "ste")
+    options = (*arguments, "--teacher", source, "--distillation", 0.5)
     command = [sys.executable, "-c", PROGRAM, "qat", source, out, *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     checkpoints = tmp_path / "out.training/checkpoints"
@@ -114,7 +116,7 @@ def test_killed_and_resumed_it_goes_the_same_way(qjax, source, tmp_path, argumen
             "model/layers/0/mlp/down_proj is w4a16-g32, but --scheme asks for w4a16-g64",
         ),
         (("--scheme", "w4a16-g48"), "group size 48 does not divide"),
-        (("--rate", 1e30, "--steps", 10), "are not finite behind step 10"),
+        (("--rate", 1e30, "--steps", 10), "without this folder the command begins anew"),
     ],
 )
 def test_bad_input(qjax, source, tmp_path, arguments, more, line):
@@ -124,6 +126,38 @@ def test_bad_input(qjax, source, tmp_path, arguments, more, line):
     assert not out.exists()
 
 
+def test_other_models(qjax, source, tmp_path, tokens, arguments):
+    out, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(source, other)
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (other / "config.json").write_text(json.dumps(config))
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    safetensors.numpy.save_file(kept, other / "model.safetensors", {"format": "pt"})
+    foreign, part = tmp_path / "foreign", tmp_path / "part"
+    assert qjax("quantize", other, foreign, "--scheme", "w4a16-g32").status == 0
+    (tmp_path / "recipe.json").write_text('[[".*q_proj", "w4a16-g32"]]')
+    assert qjax("quantize", source, part, "--recipe", tmp_path / "recipe.json").status == 0
+    start = arguments[arguments.index("--start") + 1]
+    for src, more, line in (
+        (
+            source,
+            ("--start", foreign),
+            "is of another model than SRC: num_layers is 1 there and 2 here",
+        ),
+        (source, ("--start", part), "down_proj is not quantized, but --scheme asks for w4a16-g32"),
+        (start, (), "is quantized; train from the model as it was, with this as --start"),
+        (
+            source,
+            ("--text", source / "config.json", "--seq-len", 4000),
+            "less than one window of 4000",
+        ),
+    ):
+        done = qjax("qat", src, out, *arguments, *more)
+        assert done.status == 1 and done.err.count("\n") == 1 and line in done.err, done.err
+    assert not out.exists() and not (tmp_path / "out.training").exists()
+
+
 def test_a_run_of_another_description_is_not_gone_on_with(qjax, source, tmp_path, arguments):
     out = tmp_path / "out"
     short = (*arguments, "--steps", 10)
@@ -131,7 +165,7 @@ def test_a_run_of_another_description_is_not_gone_on_with(qjax, source, tmp_path
     kept = sorted((tmp_path / "out.training/checkpoints").iterdir())
     other = tmp_path / "moved"
     out.rename(other)
-    for more, what in ((("--seed", 1), "settings"), (("--method", "ste"), "method")):
+    for more, what in ((("--seed", 1), "seed: seed 0, not 1"), (("--method", "ste"), "method")):
         done = qjax("qat", source, out, *short, *more, "--resume")
         assert done.status == 1 and f"the run was begun with another {what}" in done.err
     assert sorted((tmp_path / "out.training/checkpoints").iterdir()) == kept
