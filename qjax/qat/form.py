@@ -101,7 +101,7 @@ def fake_quantize(
       ...     scheme=scheme, axis=(-2,), shape=(2, 1), dtype="float32", scale_dtype="float32"
       ... )
       >>> fake_quantize(jnp.array([[0.6], [-7.5]]), form).tolist()
-      [[1.0], [-7.0]]
+      [[1.0], [-8.0]]
     """
     _check_shape(w, form)
     if grid is None:
