@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a smaller model directory from a Hugging Face one, and report what it cost, layer by layer.
+r"""Make a smaller model directory from a Hugging Face one, and report what it cost, layer by layer.
 
 The result holds the model, its tokenizer, and qjax_report.json. Norms, embeddings and the output head
 stay as they are unless a recipe names them. A recipe is a JSON file: [["path regex", "scheme" or null],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a model with fake quantization until it is good in few bits, and save it quantized.
+r"""Train a model with fake quantization until it is good in few bits, and save it quantized.
 
 Training begins with the best post-training result (--start takes one that is there already): weights,
 and with --method lsq scales too, move under a straight-through estimator, in float32, while the model
