@@ -20,7 +20,9 @@ from qjax.qtensor import QTensor
 QuantizableLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Embed
 
 
-_NEEDS_ONE_WEIGHT = "one weight for all rows is needed; this layer has a batch of them"
+_NEEDS_ONE_WEIGHT = (
+    "quantizing by its inputs needs one weight for all rows; this layer has a batch of them"
+)
 
 
 class Router(nnx.Linear):

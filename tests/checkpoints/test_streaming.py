@@ -310,7 +310,7 @@ def test_only_the_same_run_goes_on(stopped, monkeypatch):
         patch.setattr("qjax.__version__", "0.0.0")
         refused(source, out, "qjax was", "now it is 0.0.0", resume=True)
     os.utime(source / "model.safetensors")
-    refused(source, out, "source was 1 files", resume=True)
+    refused(source, out, "source was 3 files", resume=True)
 
 
 def test_two_processes_do_not_write_one_output(stopped):

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import train_shipped_model
+from qjax_checkpoints.training_run import TrainingRun
 from qjax_models import config_from_hf
 
 pytestmark = pytest.mark.one_version  # the program of one training, which is over
@@ -203,7 +204,7 @@ def test_runs_are_not_mixed_up(
     assert train(work, finished, "--steps", 20) == 1
     assert "holds a run already" in capsys.readouterr().err
     assert train(work, finished, "--steps", 20, "--resume", "--seed", 5) == 1
-    assert "begun with other training" in capsys.readouterr().err
+    assert "begun with another training" in capsys.readouterr().err
 
 
 def test_missing_work_folder_is_one_line(
