@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Integer, Shaped
 from pallas_kernels import device
 from qjax import activations, kernel_products, outliers, qtensor, tiles
 from qjax.qtensor import QTensor
-from qjax.subscripts import letters
+from qjax.subscripts import as_dot_general
 
 Implementation = Literal["auto", "xla", "pallas"]
 _LEAST_ROWS = 16  # see few_rows
@@ -175,14 +175,7 @@ def einsum(
       >>> einsum("...d,dhk->...hk", jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
       (5, 3, 4)
     """
-    x_letters, w_letters, result = letters(subscripts, x.ndim, w.ndim)
-    shared = [c for c in x_letters if c in w_letters]
-    batch = [c for c in shared if c in result]
-    summed = [c for c in w_letters if c in shared and c not in result]
-    numbers = (
-        (tuple(map(x_letters.index, summed)), tuple(map(w_letters.index, summed))),
-        (tuple(map(x_letters.index, batch)), tuple(map(w_letters.index, batch))),
-    )
+    numbers, order = as_dot_general(subscripts, x.ndim, w.ndim)
     y = dot_general(
         x,
         w,
@@ -192,8 +185,7 @@ def einsum(
         out_sharding=out_sharding,
         implementation=implementation,
     )
-    given = batch + [c for c in x_letters + w_letters if c not in shared]
-    return jnp.transpose(y, [given.index(c) for c in result])
+    return jnp.transpose(y, order)
 
 
 def take(

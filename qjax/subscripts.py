@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The letters of an einsum of two operands."""
+"""The letters of an einsum of two operands, and the product that they mean."""
+
+Axes = tuple[int, ...]
 
 
 def letters(subscripts: str, x_ndim: int, w_ndim: int) -> tuple[list[str], list[str], list[str]]:
@@ -37,3 +39,37 @@ def letters(subscripts: str, x_ndim: int, w_ndim: int) -> tuple[list[str], list[
     if {c for c in x + w if c not in y} - (set(x) & set(w)) or set(y) - set(x + w):
         raise ValueError(f"einsum {subscripts!r}: a summed letter must stand in both operands")
     return x, w, y
+
+
+def as_dot_general(
+    subscripts: str, x_ndim: int, w_ndim: int
+) -> tuple[tuple[tuple[Axes, Axes], tuple[Axes, Axes]], list[int]]:
+    """The einsum as one ``dot_general`` and the order of its result's axes.
+
+    Summed axes are in the order of the second operand, whose groups run along the last of them.
+
+    Args:
+      subscripts: as in :func:`letters`.
+      x_ndim: axes of the first operand.
+      w_ndim: axes of the second.
+
+    Returns:
+      Dimension numbers as in ``jax.lax.dot_general``, and what to transpose its result by.
+
+    Raises:
+      ValueError: as :func:`letters` does.
+
+    Example:
+      >>> as_dot_general("bd,dk->kb", 2, 2)
+      ((((1,), (0,)), ((), ())), [1, 0])
+    """
+    x, w, result = letters(subscripts, x_ndim, w_ndim)
+    shared = [c for c in x if c in w]
+    batch = [c for c in shared if c in result]
+    summed = [c for c in w if c in shared and c not in result]
+    given = batch + [c for c in x + w if c not in shared]
+
+    def axes(names: list[str]) -> tuple[Axes, Axes]:
+        return tuple(map(x.index, names)), tuple(map(w.index, names))
+
+    return (axes(summed), axes(batch)), [given.index(c) for c in result]

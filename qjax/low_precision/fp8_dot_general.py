@@ -48,7 +48,7 @@ from jaxtyping import Array, Float, Shaped
 from qjax import formats
 from qjax.formats import Format
 from qjax.low_precision import amax_history
-from qjax.subscripts import letters
+from qjax.subscripts import as_dot_general
 
 DotDimensionNumbers = tuple[
     tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
@@ -154,19 +154,12 @@ def einsum(
       >>> einsum("...d,dhk->...hk", jnp.ones((5, 2)), jnp.ones((2, 3, 4))).shape
       (5, 3, 4)
     """
-    x_letters, w_letters, result = letters(subscripts, x.ndim, w.ndim)
-    shared = [c for c in x_letters if c in w_letters]
-    batch, summed = [c for c in shared if c in result], [c for c in shared if c not in result]
-    numbers = tuple(
-        tuple(tuple(map(names.index, group)) for names in (x_letters, w_letters))
-        for group in (summed, batch)
-    )
+    numbers, order = as_dot_general(subscripts, x.ndim, w.ndim)
     y = dot_general(
         x, w, numbers, precision, preferred_element_type, out_sharding=out_sharding,
         histories=histories, margin=margin,
     )  # fmt: skip
-    given = batch + [c for c in x_letters + w_letters if c not in shared]
-    return jnp.transpose(y, [given.index(c) for c in result])
+    return jnp.transpose(y, order)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
