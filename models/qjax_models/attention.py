@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-AttentionImplementation = Literal["by_row", "batched", "cudnn"]
+AttentionImplementation = Literal["auto", "by_row", "batched", "cudnn"]
 
 MIN_QUERY_BLOCK = 128
+MAX_CUDNN_HEAD_SIZE = 128
+MIN_CUDNN_LENGTH = 128  # it has no program for a few tokens
 MAX_QUERY_BLOCKS = 8  # unrolled in the program, so more of them only lengthen compilation
 
 
@@ -31,17 +33,12 @@ class ScoreRule:
     window: int | None = None  # tokens seen, the query's own included
 
 
-def default_implementation() -> AttentionImplementation:
-    """`by_row` on a CPU (the scores of one row stay in its caches), else `batched`."""
-    return "by_row" if jax.default_backend() == "cpu" else "batched"
-
-
 def causal_attention(
     queries: Float[Array, "B T N H"],
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
     rule: ScoreRule,
-    implementation: AttentionImplementation,
+    implementation: AttentionImplementation = "auto",
 ) -> Float[Array, "B T N H"]:
     """Attention of a whole sequence to itself.
 
@@ -51,11 +48,15 @@ def causal_attention(
         values: what is averaged.
         rule: scale, soft cap and window.
         implementation: `by_row` works through the rows one after the other, `batched` on all at once,
-            `cudnn` calls the fused kernel (NVIDIA GPU, 16-bit inputs, no soft cap).
+            `cudnn` calls the fused kernel (NVIDIA GPU, 16-bit inputs, no soft cap), `auto` takes that
+            where it can, else `by_row` on a CPU (the scores of one row stay in its caches) and
+            `batched` elsewhere.
 
     Raises:
         ValueError: `cudnn` was asked for with a soft cap, which it does not have.
     """
+    if implementation == "auto":
+        implementation = _fastest(queries, rule)
     if implementation == "cudnn":
         return _cudnn_attention(queries, keys, values, rule)
     attend = partial(_attend_in_blocks, rule=rule)
@@ -81,6 +82,20 @@ def cached_attention(
     visible = jnp.repeat(visible, num_kv_heads, axis=0)[:, None]
     heads = _attend(grouped.reshape(-1, *grouped.shape[2:]), keys, values, visible, rule)
     return jax.vmap(_ungrouped)(heads.reshape(grouped.shape))
+
+
+def _fastest(queries: Float[Array, "B T N H"], rule: ScoreRule) -> AttentionImplementation:
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "by_row"
+    fused = (
+        queries.dtype in (jnp.bfloat16, jnp.float16)
+        and rule.softcap is None
+        and queries.shape[1] >= MIN_CUDNN_LENGTH
+        and queries.shape[-1] <= MAX_CUDNN_HEAD_SIZE
+        and queries.shape[-1] % 8 == 0
+    )
+    return "cudnn" if backend == "gpu" and fused else "batched"
 
 
 def _cudnn_attention(queries, keys, values, rule: ScoreRule) -> Float[Array, "B T N H"]:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qjax import ops
-from qjax_models.attention import AttentionImplementation, default_implementation
+from qjax_models.attention import AttentionImplementation
 from qjax_models.cache import KVCache, LayerKV
 from qjax_models.config import DecoderConfig
 from qjax_models.experts import ExpertsBlock
@@ -107,7 +107,7 @@ class Decoder(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         compute_dtype: DTypeLike | None = None,
-        attention: AttentionImplementation | None = None,
+        attention: AttentionImplementation = "auto",
         rngs: nnx.Rngs,
     ):
         """A decoder with random weights.
@@ -116,14 +116,13 @@ class Decoder(nnx.Module):
             config: its shape.
             dtype: of the parameters.
             compute_dtype: of the activations; None: the same.
-            attention: how whole sequences attend, see `attention.causal_attention`; None: the default
-                of this machine.
+            attention: how whole sequences attend, see `attention.causal_attention`.
             rngs: for the weights.
         """
         numerics = Numerics(
             dtype=dtype,
             compute_dtype=compute_dtype,
-            attention=attention or default_implementation(),
+            attention=attention,
         )
         self.config = config
         self.model = Backbone(config, numerics, rngs)
@@ -145,7 +144,7 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         *,
         compute_dtype: DTypeLike | None = None,
-        attention: AttentionImplementation | None = None,
+        attention: AttentionImplementation = "auto",
     ) -> "Decoder":
         """The same model with shapes instead of arrays: takes no memory, to be filled by a loader."""
         return nnx.eval_shape(

@@ -5,7 +5,7 @@ Attribute names are those of the Hugging Face tensors, so that a parameter's pat
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
@@ -21,7 +21,6 @@ from qjax_models.attention import (
     ScoreRule,
     cached_attention,
     causal_attention,
-    default_implementation,
 )
 from qjax_models.cache import LayerKV
 from qjax_models.config import Activation, DecoderConfig
@@ -36,7 +35,7 @@ class Numerics:
 
     dtype: DTypeLike = jnp.float32  # of the parameters
     compute_dtype: DTypeLike | None = None  # of activations; None: the same as `dtype`
-    attention: AttentionImplementation = field(default_factory=default_implementation)
+    attention: AttentionImplementation = "auto"
 
     @property
     def activations(self) -> DTypeLike:

@@ -57,7 +57,9 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--scheme", default="nf4-g64")
-    parser.add_argument("--attention", choices=("by_row", "batched", "cudnn"))
+    parser.add_argument(
+        "--attention", choices=("auto", "by_row", "batched", "cudnn"), default="auto"
+    )
     args = parser.parse_args()
     device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {datetime.date.today()}"
     print(json.dumps({"device": device}), flush=True)

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Attention = Literal["by_row", "batched", "cudnn"]  # as in qjax_models.attention
+Attention = Literal["auto", "by_row", "batched", "cudnn"]  # as in qjax_models.attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class TrainingSettings:
     matrix_decay: float = 0.05  # weight decay of the matrices, times the rate
     seed: int = 0
     compute_dtype: str = "bfloat16"  # the weights that are trained are float32
-    attention: Attention = "batched"
+    attention: Attention = "auto"
 
     def __post_init__(self) -> None:
         """Refuse settings under which the schedule could not be fixed in time."""

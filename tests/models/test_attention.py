@@ -99,3 +99,29 @@ def test_cudnn_refuses_a_soft_cap():
     queries, keys, values = map(jnp.bfloat16, heads(2))
     with pytest.raises(ValueError, match="no soft cap .* caps at 2.0"):
         causal_attention(queries, keys, values, ScoreRule(scale=1.0, softcap=2.0), "cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("size", [8, 64, 80, 128, 136])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("length", [13, 128, 201])
+def test_what_a_gpu_takes_by_itself_gives_the_plain_formula_and_gradient(rule, size, length):
+    exact = [np.asarray(jnp.bfloat16(x), float) for x in heads(length, size=size)]
+    queries, keys, values = map(jnp.bfloat16, exact)
+    found = causal_attention(queries, keys, values, rule)
+    # Weights and values are rounded to eight bits, and sums of both lie within the values' range.
+    bound = 2**-8 * 2 * np.abs(exact[2]).max()
+    np.testing.assert_allclose(np.float64(found), plain_attention(*exact, rule), atol=bound)
+
+    def gradients(implementation, dtype):
+        def loss(qkv):
+            return (causal_attention(*qkv, rule, implementation).astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss)(tuple(x.astype(dtype) for x in (queries, keys, values)))
+
+    for one, other in zip(
+        gradients("auto", jnp.bfloat16), gradients("batched", jnp.float32), strict=True
+    ):
+        error = np.linalg.norm(np.float64(one) - np.float64(other))
+        assert error <= 2e-2 * np.linalg.norm(np.float64(other)) + 5e-2
