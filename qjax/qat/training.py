@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantization-aware training of a language model, one step at a time.
 
-A step is a pure function of a :class:`State` and a batch of windows. Weights, and everything that is not
-quantized, move by Adam with decoupled decay of none; learned scales by Adam with a rate of their own,
-which is relative to their size. Both rates rise over the first steps and fall with a cosine to a tenth.
+A step is a pure function of a :class:`State` and a batch of windows: Adam, under rates that rise over the
+first steps and fall to nothing with a cosine. They are relative: a parameter moves by a share of its
+array's root mean square, a learned scale by a share of its size. Then, for every weight ``w`` of a layer
+that is going to be quantized, ``w'`` being what it will be worth and ``t`` of ``T`` steps done,
 
-After each step a weight that lies beyond the ends of a grid of its own is put back just inside: LSQ
-gives what lies at an end no gradient, and with four codes a third of all weights lie there.
-(BinaryConnect keeps its weights within their two codes the same way.)
+    w <- clip(w, just inside the ends of its grid)
+    w <- w + dampening * (t / T)**2 * (w' - w)
+
+The first line is there because LSQ gives what lies at an end no gradient, and with four codes a third of
+all weights lie there. (BinaryConnect keeps its weights within their two codes the same way.) The second
+ends what Nagel and others describe: a weight whose best value lies between two codes swings from one to
+the other, and where it stops is chance. They add ``|w' - w|**2`` to the loss, with a growing factor; here
+its step is taken beside Adam's, as decoupled weight decay is, so that Adam does not rescale it.
 
 References:
   Courbariaux, Bengio, David, BinaryConnect, NeurIPS 2015, https://arxiv.org/abs/1511.00363.
   Loshchilov, Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017,
   https://arxiv.org/abs/1608.03983.
+  Nagel, Fournarakis, Bondarenko, Blankevoort, Overcoming Oscillations in Quantization-Aware Training,
+  ICML 2022, https://arxiv.org/abs/2203.11086.
+  Shazeer, Stern, Adafactor (relative step sizes), ICML 2018, https://arxiv.org/abs/1804.04235.
 """
 
 import functools
@@ -28,12 +37,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qjax import nnx_layers, tiles
-from qjax.qat import language_model, lsq
+from qjax.qat import form, language_model, lsq
 from qjax.qat.fake_quantizer import FakeQuantizer, LearnedScale
 
-_LAST_RATE = 0.1  # share of the highest rate at the end
 _INSIDE = 0.01  # of the way between two codes: how far inside its grid a weight is kept
-_LEAST_SCALE = 1e-12  # size of a scale below which its steps no longer shrink with it
+# Sizes below which steps no longer shrink with a parameter or a scale: zeros have to move, too.
+_LEAST_SIZE, _LEAST_SCALE = 1e-3, 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +52,10 @@ class Settings:
     Attributes:
       steps: optimizer steps, at least 1.
       batch: windows of a step.
-      rate: highest rate of weights, norms and embeddings.
+      rate: highest rate of weights, norms and embeddings, as a share of the root mean square of each
+        array. The fewer the bits, the higher it wants to be.
       scale_rate: highest rate of learned scales, as a share of their size.
+      dampening: share of its way to a code that a weight is drawn there in the last step.
       warmup: steps over which rates rise; of a short run its first tenth.
       distillation: share of the teacher in the loss, in [0, 1]; needs one if above 0.
       clip: longest gradient, in its global norm.
@@ -53,8 +64,9 @@ class Settings:
 
     steps: int
     batch: int = 16
-    rate: float = 5e-4
-    scale_rate: float = 2e-4
+    rate: float = 4e-3
+    scale_rate: float = 5e-5
+    dampening: float = 0.01
     warmup: int = 20
     distillation: float = 1.0
     clip: float = 1.0
@@ -67,6 +79,8 @@ class Settings:
             )
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"distillation is a share in [0, 1], got {self.distillation=}")
+        if not 0 <= self.dampening <= 1:
+            raise ValueError(f"dampening is a share in [0, 1], got {self.dampening=}")
         if min(self.rate, self.scale_rate, self.clip) <= 0:
             raise ValueError(f"rates and the clip are positive, got {self}")
 
@@ -77,10 +91,12 @@ class State(NamedTuple):
     Attributes:
       parameters: of the model: those of learned scales, and all others.
       optimizer: its state.
+      step: how many steps have been taken.
     """
 
     parameters: dict[str, Any]
     optimizer: Any
+    step: Int[Array, ""]
 
 
 class Trainer:
@@ -119,7 +135,7 @@ class Trainer:
         """The state before the first step."""
         # Copies: a step gives its state's buffers up, and the teacher may share some.
         first = jax.tree.map(jnp.copy, self._first)
-        return State(first, self._optimizer.init(first))
+        return State(first, self._optimizer.init(first), jnp.int32(0))
 
     def step(self, state: State, tokens: Int[np.ndarray, "B T"]) -> tuple[State, Float[Array, ""]]:
         """One step.
@@ -156,20 +172,21 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     warmup = min(settings.warmup, settings.steps // 10)
 
     def rate(peak: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(
-            peak / (warmup + 1), peak, warmup, settings.steps, _LAST_RATE * peak
+        return optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, settings.steps)
+
+    def relative_adam(peak: float, least: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale_by_adam(b2=0.99),
+            optax.scale_by_param_block_rms(least),
+            optax.scale_by_learning_rate(rate(peak)),
         )
 
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.partition(
             {
-                "others": optax.adam(rate(settings.rate), b2=0.99),
-                "scales": optax.chain(
-                    optax.scale_by_adam(b2=0.99),
-                    optax.scale_by_param_block_rms(_LEAST_SCALE),
-                    optax.scale_by_learning_rate(rate(settings.scale_rate)),
-                ),
+                "others": relative_adam(settings.rate, _LEAST_SIZE),
+                "scales": relative_adam(settings.scale_rate, _LEAST_SCALE),
             },
             {"scales": "scales", "others": "others"},
         ),
@@ -179,16 +196,25 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
 def put_inside(model: nnx.Module) -> None:
     """Moves weights beyond the ends of a grid of their own to just inside it, in place."""
     for layer, hook in _hooked(model):
-        grid, form = hook.grid, hook.form
+        grid, held = hook.grid, hook.form
         if grid is None:
             continue
         variable = nnx_layers.variable_of(layer)
-        w, fmt, tile = variable.get_value(), form.scheme.weights.format, form.tile
-        factors, zeros = lsq.in_use(grid, fmt, form.scale_dtype)
-        step = tiles.spread(factors, tile, form.shape)
-        zero = 0.0 if zeros is None else tiles.spread(zeros, tile, form.shape)
+        w, fmt, tile = variable.get_value(), held.scheme.weights.format, held.tile
+        factors, zeros = lsq.in_use(grid, fmt, held.scale_dtype)
+        step = tiles.spread(factors, tile, held.shape)
+        zero = 0.0 if zeros is None else tiles.spread(zeros, tile, held.shape)
         low, high = (fmt.low + _INSIDE - zero) * step, (fmt.high - _INSIDE - zero) * step
         variable.set_value(jnp.clip(w, low, high).astype(w.dtype))
+
+
+def dampen(model: nnx.Module, share: Float[Array, ""] | float) -> None:
+    """Moves weights a share of the way to what they will be worth once quantized, in place."""
+    for layer, hook in _hooked(model):
+        variable = nnx_layers.variable_of(layer)
+        w = variable.get_value()
+        worth = form.fake_quantize(w, hook.form, hook.grid)
+        variable.set_value(w + jnp.asarray(share, w.dtype) * (worth - w))
 
 
 def _hooked(model: nnx.Module):
@@ -226,5 +252,6 @@ def _step(
     )
     moved = model_of(optax.apply_updates(state.parameters, updates))
     put_inside(moved)
+    dampen(moved, settings.dampening * jnp.square(state.step / settings.steps))
     _, scales, others, _ = nnx.split(moved, LearnedScale, nnx.Param, ...)
-    return State({"scales": scales, "others": others}, optimizer_state), value
+    return State({"scales": scales, "others": others}, optimizer_state, state.step + 1), value

@@ -3,6 +3,7 @@
 
     python scripts/train_shipped_model.py prepare --work /tmp/work --tokenizer shipped/tokenizer.json
     python scripts/benchmarks/qat_quality.py --tokens /tmp/work/tokens.npy --work /tmp/qat --steps 1600
+    python scripts/benchmarks/qat_quality.py --tokens /tmp/work/tokens.npy --work /tmp/0 -- --dampening 0
 
 For each scheme `qjax qat` trains the shipped model with itself as the teacher, from `qjax quantize
 --method best`, and `qjax eval` measures both results and the model itself on the standard library, in
@@ -24,13 +25,8 @@ import numpy as np
 from qjax_checkpoints.shipped import evaluation_text, model_path
 
 BATCH, LENGTH = 64, 1024
-# What is trained, and the highest rates of weights and, relative to them, of scales.
-SCHEMES = {
-    "w4a16-g128": (3e-4, 5e-4),
-    "w3a16-g128": (5e-4, 5e-4),
-    "w2a16-g64": (1e-3, 1e-3),
-    "w4a8": (3e-4, 5e-4),
-}
+# What is trained, and the highest rate of weights.
+SCHEMES = {"w4a16-g128": 4e-3, "w3a16-g128": 6e-3, "w2a16-g64": 1.6e-2, "w4a8": 4e-3}
 
 
 def main() -> None:
@@ -45,6 +41,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--characters", type=int, help="evaluate on so many alone")
+    parser.add_argument(
+        "options", nargs="*", help="behind --: further options of qjax qat, such as --dampening 0"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     text, windows = args.work / "evaluation.txt", args.work / "windows.npy"
@@ -64,12 +63,11 @@ def row(
 ) -> dict[str, Any]:
     """One scheme, trained and measured."""
     out = args.work / scheme
-    rate, scale_rate = SCHEMES[scheme]
     if not out.exists():
         qjax(
             "qat", model_path(), out, "--scheme", scheme, "--text", windows, "--seq-len", args.length,
-            "--steps", args.steps, "--batch", args.batch, "--teacher", model_path(), "--rate", rate,
-            "--scale-rate", scale_rate, "--format", "orbax", "--resume",
+            "--steps", args.steps, "--batch", args.batch, "--teacher", model_path(),
+            "--rate", SCHEMES[scheme], "--format", "orbax", "--resume", *args.options,
         )  # fmt: skip
     training = json.loads((out / "qjax_report.json").read_text())["training"]
     best, trained = (perplexity(p, text) for p in (Path(f"{out}.training") / "start", out))

@@ -340,7 +340,7 @@ def test_tokenizers_agree(tmp_path):
 def test_what_was_trained_with_fake_quantization(pretrained, tmp_path, scheme):
     source = load(pretrained())
     start, _ = quantize_model(source.model, scheme)
-    settings = Settings(steps=3, batch=2, rate=1e-2, warmup=0, distillation=0.0)
+    settings = Settings(steps=3, batch=2, rate=0.2, warmup=0, distillation=0.0)
     trainer = Trainer(trainable(start), settings)
     state = trainer.start()
     for _ in range(settings.steps):

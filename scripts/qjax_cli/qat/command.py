@@ -87,11 +87,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--rate", type=number(0, exclusive=True), default=_DEFAULTS.rate,
-        help=f"highest learning rate of weights ({_DEFAULTS.rate:g})",
+        help="highest learning rate of weights, relative to their size; the fewer bits, the higher "
+        f"({_DEFAULTS.rate:g})",
     )  # fmt: skip
     parser.add_argument(
         "--scale-rate", type=number(0, exclusive=True), default=_DEFAULTS.scale_rate,
         help=f"highest learning rate of scales, relative to them ({_DEFAULTS.scale_rate:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dampening", type=number(0, 1), default=_DEFAULTS.dampening,
+        help="share of its way to a code that a weight is drawn in the last step, so that it stops "
+        f"swinging between two ({_DEFAULTS.dampening:g})",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=whole_number(0), default=0, help="of the order of windows (0)"
@@ -158,7 +164,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         share = 0.0 if args.teacher is None else 1.0
     return Settings(
         steps=args.steps, batch=args.batch, rate=args.rate, scale_rate=args.scale_rate,
-        distillation=share, seed=args.seed,
+        dampening=args.dampening, distillation=share, seed=args.seed,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import qjax
 from qjax import formats, qtensor
 from qjax.qat import language_model, windows
 from qjax.qat.fake_quantizer import LearnedScale
-from qjax.qat.training import Settings, Trainer, optimizer, put_inside
+from qjax.qat.training import Settings, Trainer, dampen, optimizer, put_inside
 
 VOCABULARY, WIDTH = 16, 32
 
@@ -46,7 +46,7 @@ def text(count: int = 32):
 def test_it_learns(share: float, learned: bool) -> None:
     teacher = Tiny(nnx.Rngs(0))
     start, _ = qjax.quantize_model(teacher, "w2a16-g16")
-    settings = Settings(steps=60, batch=8, rate=5e-3, scale_rate=1e-3, warmup=5, distillation=share)
+    settings = Settings(steps=60, batch=8, rate=3e-2, scale_rate=1e-3, warmup=5, distillation=share)
     trainer = Trainer(qjax.trainable(start, learned=learned), settings, teacher if share else None)
     state, losses = trainer.start(), []
     for step in range(settings.steps):
@@ -115,11 +115,54 @@ def test_weights_stay_inside_their_grids(scheme: str) -> None:
     assert nnx.state(model, LearnedScale)
 
 
+@pytest.mark.parametrize("scheme", ["w2a16-g32", "w3a16-g16-asym", "fp8-a16"])
+@pytest.mark.parametrize("trained", ["scales follow", "learned"])
+def test_weights_are_drawn_to_what_they_will_be_worth(scheme: str, trained: str) -> None:
+    plain = Tiny(nnx.Rngs(0))
+    if trained == "learned":
+        model = qjax.trainable(qjax.quantize_model(plain, scheme)[0])
+        noise = jax.random.normal(jax.random.key(1), (WIDTH, WIDTH)) * 0.02
+        model.middle.kernel.set_value(model.middle.kernel[...] + noise)
+        put_inside(model)
+    else:
+        model = qjax.fake_quant(plain, scheme)
+    before = np.asarray(model.middle.kernel[...])
+    held = qjax.quantized(model).middle.kernel[...]
+    worth = np.asarray(qtensor.dequantize(held, jnp.float32))
+    assert np.abs(worth - before).max() > 1e-3
+    dampen(model, 0.25)
+    after = np.asarray(model.middle.kernel[...])
+    np.testing.assert_allclose(after, before + 0.25 * (worth - before), atol=1e-7)
+    if trained == "learned":  # no code changes
+        codes = qjax.quantized(model).middle.kernel[...].codes
+        np.testing.assert_array_equal(codes, held.codes)
+
+
+def test_swinging_weights_come_to_rest() -> None:
+    """Between two codes whichever a weight takes, the gradient names the other: until it is drawn there."""
+    teacher = Tiny(nnx.Rngs(0))
+    start, _ = qjax.quantize_model(teacher, "w2a16-g16")
+
+    def swinging(dampening: float) -> float:
+        settings = Settings(steps=150, batch=32, rate=3e-2, dampening=dampening)
+        trainer = Trainer(qjax.trainable(start, learned=False), settings, teacher)
+        state, changed, before = trainer.start(), 0, None
+        for step in range(settings.steps):
+            state, _ = trainer.step(state, windows.batch(text(), step, settings.batch, 0))
+            codes = np.asarray(qjax.quantized(trainer.model(state)).middle.kernel[...].codes)
+            if step > 100:
+                changed += int((codes != before).sum())
+            before = codes
+        return changed / codes.size
+
+    assert swinging(0.2) < 0.5 * swinging(0.0)
+
+
 @pytest.mark.parametrize("steps", [1, 5, 200])
 def test_rates_rise_and_fall_in_runs_of_any_length(steps: int) -> None:
     settings = Settings(steps=steps, rate=1.0, clip=1e9, distillation=0.0)
     tx = optimizer(settings)
-    params = {"scales": {"s": jnp.ones(1)}, "others": {"w": jnp.zeros(1)}}
+    params = {"scales": {"s": jnp.ones(1)}, "others": {"w": jnp.full(1, -1.0)}}
     state, moves = tx.init(params), []
     for _ in range(steps):
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
@@ -128,7 +171,7 @@ def test_rates_rise_and_fall_in_runs_of_any_length(steps: int) -> None:
         )  # Adam's steps of equal gradients are its rate
     assert moves[0] > 0 and max(moves) == pytest.approx(1.0, rel=1e-3)
     if steps == 200:
-        assert np.argmax(moves) == 20 and moves[-1] == pytest.approx(0.1, rel=0.01)
+        assert np.argmax(moves) == 20 and 0 <= moves[-1] < 1e-3
 
 
 def test_a_round_shows_every_window_once() -> None:
@@ -148,6 +191,6 @@ def test_bad_input() -> None:
         Trainer(model, Settings(steps=1))
     with pytest.raises(ValueError, match="no layer of the model trains with fake quantization"):
         Trainer(plain, Settings(steps=1, distillation=0.0))
-    for wrong in ({"steps": 0}, {"steps": 1, "rate": 0.0}, {"steps": 1, "distillation": 2.0}):
+    for wrong in ({"steps": 0}, {"rate": 0.0}, {"distillation": 2.0}, {"dampening": -0.1}):
         with pytest.raises(ValueError, match="steps|rates|share"):
-            Settings(**wrong)
+            Settings(**{"steps": 1, **wrong})

@@ -41,7 +41,7 @@ def start(qjax, source, tmp_path):
 def arguments(start, tokens):
     return (
         "--scheme", "w4a16-g32", "--start", start, "--text", tokens, "--seq-len", 33, "--batch", 4,
-        "--steps", 30, "--rate", 2e-2, "--checkpoint-every", 10,
+        "--steps", 30, "--rate", 0.2, "--checkpoint-every", 10,
     )  # fmt: skip
 
 
