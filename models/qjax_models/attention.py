@@ -20,7 +20,8 @@ AttentionImplementation = Literal["auto", "by_row", "batched", "cudnn"]
 
 MIN_QUERY_BLOCK = 128
 MAX_CUDNN_HEAD_SIZE = 128
-MIN_CUDNN_LENGTH = 128  # it has no program for a few tokens
+# cuDNN has no program for a few tokens, or for some odd numbers of them.
+MIN_CUDNN_LENGTH, CUDNN_LENGTH_STEP = 128, 8
 MAX_QUERY_BLOCKS = 8  # unrolled in the program, so more of them only lengthen compilation
 
 
@@ -88,12 +89,14 @@ def _fastest(queries: Float[Array, "B T N H"], rule: ScoreRule) -> AttentionImpl
     backend = jax.default_backend()
     if backend == "cpu":
         return "by_row"
+    length, size = queries.shape[1], queries.shape[-1]
     fused = (
         queries.dtype in (jnp.bfloat16, jnp.float16)
         and rule.softcap is None
-        and queries.shape[1] >= MIN_CUDNN_LENGTH
-        and queries.shape[-1] <= MAX_CUDNN_HEAD_SIZE
-        and queries.shape[-1] % 8 == 0
+        and length >= MIN_CUDNN_LENGTH
+        and length % CUDNN_LENGTH_STEP == 0
+        and size <= MAX_CUDNN_HEAD_SIZE
+        and size % 8 == 0
     )
     return "cudnn" if backend == "gpu" and fused else "batched"
 

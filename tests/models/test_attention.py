@@ -105,7 +105,7 @@ def test_cudnn_refuses_a_soft_cap():
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("size", [8, 64, 80, 128, 136])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("length", [13, 128, 201])
+@pytest.mark.parametrize("length", [13, 128, 200])
 def test_what_a_gpu_takes_by_itself_gives_the_plain_formula_and_gradient(rule, size, length):
     exact = [np.asarray(jnp.bfloat16(x), float) for x in heads(length, size=size)]
     queries, keys, values = map(jnp.bfloat16, exact)
@@ -120,8 +120,11 @@ def test_what_a_gpu_takes_by_itself_gives_the_plain_formula_and_gradient(rule, s
 
         return jax.grad(loss)(tuple(x.astype(dtype) for x in (queries, keys, values)))
 
-    for one, other in zip(
-        gradients("auto", jnp.bfloat16), gradients("batched", jnp.float32), strict=True
-    ):
+    # A query's gradient is a difference of products of values and their gradients, which have eight bits:
+    # where a query sees one key alone nothing else is left of it.
+    q, k, v = (np.linalg.norm(x, axis=-1).max() for x in exact)
+    rounding = 2**-7 * rule.scale * 2 * v * v * np.sqrt(queries.size / size)
+    pairs = zip(gradients("auto", jnp.bfloat16), gradients("batched", jnp.float32), strict=True)
+    for (one, other), left in zip(pairs, (rounding * k, rounding * q, 0.0), strict=True):
         error = np.linalg.norm(np.float64(one) - np.float64(other))
-        assert error <= 2e-2 * np.linalg.norm(np.float64(other)) + 5e-2
+        assert error <= 2e-2 * np.linalg.norm(np.float64(other)) + left
