@@ -2,7 +2,7 @@
 """One layer of a model: its weight to a QTensor, by the method asked for, and what is reported of it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -101,6 +101,36 @@ def quantize_layer(
         earlier = assignment.shared[path]
         return _share(path, layer, scheme, earlier, assignment.layers[earlier])
     return replace(_quantize(path, layer, scheme, method, inputs), fallback=fallback)
+
+
+def programs(
+    paths: Sequence[str], assignment: Assignment, method: Method
+) -> list[jax.stages.Lowered]:
+    """What :func:`quantize_layer` is going to run for some layers and takes long to compile.
+
+    Args:
+      paths: of the layers.
+      assignment: of their model.
+      method: how they are going to be quantized.
+
+    Raises:
+      ValueError: as :func:`quantize_layer` does.
+    """
+    options, found = method.rounding, {}
+    for path in paths:
+        layer, scheme = assignment.layers[path], assignment.scheme(path)
+        if options is None or scheme is None or path in assignment.shared:
+            continue
+        w, axis = nnx_layers.weight_of(layer), _contraction_axes(path, layer)
+        alike = w.shape, w.dtype, scheme, axis
+        # Where arrays lie on several devices, those that are computed from them are not known yet.
+        if isinstance(w, QTensor) or alike in found or len(w.sharding.device_set) > 1:
+            continue
+        lowered, q = gptq.programs(
+            w, scheme, axis=axis, search=method.search, options=options, name=path
+        )
+        found[alike] = [*lowered, _compared.lower(w, q)]
+    return [program for some in found.values() for program in some]
 
 
 def _quantize(

@@ -11,6 +11,7 @@ sixteen for each of its inputs, its statistics are filled up to that with the av
 report names it where they are fewer than its inputs.
 """
 
+import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -142,6 +143,8 @@ def quantize_sequentially(
         reports = storage.finished(block.path)
         if reports is None or len(unquantized):
             storage.load(block.path, block.module)
+        if len(hidden) and not done:
+            _compile_ahead(block, hidden[0], assigned, method, run)
         _advance(unquantized, block.module, block, run)
         if reports is None:
             reports = _quantize_block(block, hidden, unquantized, assigned, method, blockwise, run)
@@ -196,6 +199,32 @@ def _advance(
         output, _ = run(graphdef, state, hidden[i], block.context)
         assert output is not None  # of a run in which nothing is watched
         hidden[i] = output
+
+
+def _compile_ahead(
+    block: Block, x: Float[Array, "B T D"], assigned: Assignment, method: Method, run: Callable
+) -> None:
+    """Compiles what a block takes, all at once: one by one it is the most part of a small model's time.
+
+    It is lowered here, in the context of the caller, and found again where it is called.
+    """
+    wanted = [path for path in _paths(block, assigned) if assigned.scheme(path) is not None]
+    lowered = layer_quantization.programs(wanted, assigned, method)
+    if not lowered:
+        return
+    graphdef, state = nnx.split(block.module)
+    lower = functools.partial(_run.lower, graphdef, state, x, block.context, **run.keywords)
+    lowered.append(lower())
+    if method.rescaling is None:
+        names = tuple(path.removeprefix(f"{block.path}/") for path in wanted)
+        lowered.append(lower(wanted=names, hessians=method.needs_hessians))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda program: program.compile(), lowered))
+
+
+def _paths(block: Block, assigned: Assignment) -> list[str]:
+    """The layers of a block."""
+    return [path for path in assigned.layers if path.startswith(f"{block.path}/")]
 
 
 def _rescaled(
@@ -303,7 +332,7 @@ def _quantize_block(
     run: Callable[..., Any],
 ) -> tuple[LayerReport, ...]:
     """Quantizes the layers of a block in place; those that no rule names are reported too."""
-    paths = [path for path in assigned.layers if path.startswith(f"{block.path}/")]
+    paths = _paths(block, assigned)
     wanted = [path for path in paths if assigned.scheme(path) is not None]
     known: dict[str, Inputs] = {}
     if method.calibrated and wanted:

@@ -227,6 +227,43 @@ def quantize(
     return _quantize(w, parsed, factor, axes, tile, search, options)
 
 
+def programs(
+    w: Float[Array, "..."],
+    scheme: Scheme,
+    *,
+    axis: tuple[int, ...],
+    search: RangeSearch,
+    options: Options,
+    name: str = "array",
+) -> tuple[list[jax.stages.Lowered], QTensor]:
+    """What :func:`factor` and :func:`quantize` are going to run, for compiling it beside other programs.
+
+    Args:
+      w: the weight, or its shape.
+      scheme: how to hold it.
+      axis: what a product sums over.
+      search: how the range of each tile is chosen.
+      options: of both.
+      name: what errors call the array.
+
+    Returns:
+      The programs, and the result with shapes in place of arrays.
+
+    Raises:
+      ValueError: a group size that does not divide the contraction axis.
+    """
+    axes = round_nearest.contraction(w.ndim, axis, name)
+    tile = round_nearest.tile_of(w.shape, scheme.weights, axes, name)
+    k = math.prod(w.shape[i] for i in axes)
+    hessian, size = jax.ShapeDtypeStruct((k, k), jnp.float32), scheme.weights.group_size
+    known = jax.eval_shape(functools.partial(factor, options=options, group_size=size), hessian)
+    statics = scheme, known, axes, tile, search, options
+    return [
+        factor.lower(hessian, options, size),
+        _quantize.lower(w, *statics),
+    ], _quantize.eval_shape(w, *statics)
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("scheme", "axes", "tile", "search", "options"),

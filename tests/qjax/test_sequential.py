@@ -2,6 +2,7 @@
 """Working through a model block by block: statistics, folds, and what each block sees."""
 
 import dataclasses
+import threading
 
 import flax.nnx as nnx
 import jax
@@ -206,6 +207,28 @@ def test_every_method_and_a_bound_on_what_it_costs(model, tokens, method, scheme
     exact, near = np.asarray(model(tokens)), np.asarray(quantized(tokens))
     assert np.linalg.norm(near - exact) < 0.25 * np.linalg.norm(exact)
     assert not quantized_layers(model)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8"])
+def test_programs_are_compiled_beside_each_other(model, tokens, scheme):
+    """What takes long, in threads; and the calls that follow find it."""
+    here, compiled = threading.current_thread(), []
+
+    def listener(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
+        del seconds
+        if event.endswith("backend_compile_duration"):
+            compiled.append((threading.current_thread() is here, fun_name))
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        qjax.quantize_sequentially(model, chain, tokens, scheme, method="gptq")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    for name in ("factor", "_quantize", "_compared", "_run"):
+        programs = [mine for mine, program in compiled if program == f"jit({name})"]
+        # What quantized activations make of the block is another program, which waits for its QTensors.
+        assert programs and sum(programs) == (name == "_run" and scheme == "w8a8"), name
 
 
 def test_each_block_sees_the_quantized_ones_before_it(model, tokens):
