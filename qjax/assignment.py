@@ -36,6 +36,11 @@ class Assignment:
         rule = self.deciding[path]
         return "no rule names it" if rule is None else f"rule {rule.pattern!r} says so"
 
+    def is_static(self, path: str) -> bool:
+        """Whether its inputs are to have a scale from calibration."""
+        scheme = self.scheme(path)
+        return scheme is not None and scheme.is_static
+
     @property
     def quantized(self) -> list[str]:
         """Paths of the layers that are to be quantized."""

@@ -144,10 +144,11 @@ def _launched(x: Float[Array, "m k"], w: QTensor, *, dtype: Any) -> Float[Array,
         return quantized_matmul(
             x, w.codes, w.scale, w.zero, weights=weights, layer=w.layer, out_dtype=dtype
         )
-    quantized = activations.quantize(x, w.activations, (-1,))
+    quantized = activations.quantize(x, w.activations, (-1,), activations.input_scale(w, x.ndim))
     layers = () if w.layer is None else w.scale.shape[:1]
     scale = w.scale if w.group_size else w.scale.reshape(*layers, -1)
-    token_scale = quantized.scale
+    # A static scale is one for all tokens.
+    token_scale = jnp.broadcast_to(quantized.scale, (len(x), quantized.scale.shape[-1]))
     token_scale = token_scale.reshape(-1) if token_scale.shape[-1] == 1 else token_scale
     return quantized_matmul(
         quantized.codes, w.codes, scale, weights=weights, token_scale=token_scale, layer=w.layer,
@@ -170,6 +171,11 @@ def _backward(dtype, many, saved, cotangent):
     x, w = saved
     dense = qtensor.dequantize(w, x.dtype)
     gradient = jnp.matmul(cotangent.astype(x.dtype), dense.T, preferred_element_type=jnp.float32)
+    if w.activations is not None:
+        held = activations.input_scale(w, x.ndim)
+        (gradient,) = jax.vjp(lambda x: activations.within_range(x, w.activations, held), x)[1](
+            gradient.astype(x.dtype)
+        )
     return gradient.astype(x.dtype), None
 
 

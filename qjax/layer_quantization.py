@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from qjax import low_rank, nnx_layers, qtensor, statistics
+from qjax import activations, low_rank, nnx_layers, qtensor, statistics
 from qjax.algorithms import gptq, llm_int8, round_nearest
 from qjax.assignment import Assignment
 from qjax.method import Method
@@ -42,6 +42,11 @@ class Inputs:
     def rows(self) -> int:
         """How many rows the layers saw."""
         return int(self.statistics.rows) if self.few is None else self.few
+
+    @property
+    def without_hessian(self) -> "Inputs":
+        """The extremes and magnitudes alone: what a few rows say as well as many."""
+        return replace(self, statistics=replace(self.statistics, hessian=None), factors={})
 
     @property
     def shortage(self) -> str:
@@ -92,7 +97,8 @@ def quantize_layer(
       fallback: for the report: why so.
 
     Raises:
-      ValueError: the weight cannot be quantized so; the message begins with the path.
+      ValueError: the weight cannot be quantized so, or its scheme is static and nobody saw what the
+        layer multiplies; the message begins with the path.
     """
     layer, scheme = assignment.layers[path], assignment.scheme(path)
     if scheme is None:
@@ -160,6 +166,9 @@ def _quantize(
         stacked = nnx_layers.stacked_axes(layer)
         q = round_nearest.quantize(w, scheme, stacked=stacked, hessian=hessian, **common)
     error, saturated = compared(w, q, inputs)
+    if scheme.is_static:
+        q = with_input_scale(path, q, inputs)
+        noted["input_scale"] = float(q.input_scale)
     nnx_layers.install(layer, q)
     return LayerReport(
         path=path,
@@ -174,6 +183,26 @@ def _quantize(
         calibration_rows=None if inputs is None else inputs.rows,
         **noted,
     )
+
+
+def with_input_scale(path: str, q: QTensor, inputs: Inputs | None) -> QTensor:
+    """A weight of a static scheme with the scale of what it multiplied in calibration.
+
+    Args:
+      path: of its layer.
+      q: the weight.
+      inputs: what calibration knows.
+
+    Raises:
+      ValueError: nothing, or no token reached the layer.
+    """
+    assert q.activations is not None
+    if inputs is None or not int(inputs.statistics.rows):
+        raise ValueError(
+            f"{path}: {q.scheme.name} has an input scale from calibration, which did not see what this "
+            "layer multiplies; a scheme without -static needs none"
+        )
+    return q.replaced(input_scale=activations.static_scale(inputs.statistics.absmax, q.activations))
 
 
 def _contraction_axes(path: str, layer: QuantizableLayer) -> tuple[int, ...]:
@@ -196,6 +225,11 @@ def _share(
         raise ValueError(
             f"{path}: sums over axes {ours} of a weight that {earlier_path} shares and sums over "
             f"{theirs}; leave both plain"
+        )
+    if scheme.is_static:
+        raise ValueError(
+            f"{path}: shares the weight of {earlier_path} and multiplies other inputs, so that one "
+            "static scale does not fit both; a scheme without -static does"
         )
     nnx_layers.share(layer, earlier)
     return LayerReport(

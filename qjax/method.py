@@ -89,6 +89,14 @@ class Method:
         calibrated = self.rescaling, self.learned, self.outliers
         return self.needs_hessians or any(link is not None for link in calibrated)
 
+    def looks_at_inputs(self, recipe: Recipe) -> bool:
+        """Whether it needs to see activations to make what a recipe asks for.
+
+        >>> Method().looks_at_inputs(Recipe.uniform("w8a8-static"))
+        True
+        """
+        return self.calibrated or recipe.static_scheme is not None
+
     @property
     def by_block(self) -> bool:
         """Whether it needs a model in blocks, because it changes a block as a whole."""

@@ -109,7 +109,7 @@ def dot_general(
 
     Returns:
       Batch axes, then the free axes of ``x``, then those of ``w``. Gradients flow to ``x`` (straight
-      through its rounding) and to the scales.
+      through its rounding, none beyond a static range) and to the weight's scales.
 
     Raises:
       NotImplementedError: ``"pallas"``, and no kernel takes the product; the message says why, in
@@ -251,9 +251,10 @@ def _xla_form(w: QTensor) -> str:
         return "xla: dot of codes, then scale" if whole else "xla: dequantize, then dot"
     if scheme.group_size is not None:
         return "xla: dequantize both, then dot"
+    inputs = ", that of inputs static" if scheme.static else ""
     if not whole:
-        return f"xla: dot of {scheme.format.name} and dequantized, then scale"
-    return f"xla: {scheme.format.name} dot, then scales"
+        return f"xla: dot of {scheme.format.name} and dequantized, then scale{inputs}"
+    return f"xla: {scheme.format.name} dot, then scales{inputs}"
 
 
 def _through_xla(x: Float[Array, "m k"], w: QTensor, dtype: Any) -> Float[Array, "m n"]:
@@ -352,7 +353,8 @@ def _in_two_parts(x, w: QTensor, numbers, precision, implementation) -> Float[Ar
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _both_quantized(x, w: QTensor, numbers, precision) -> Float[Array, "..."]:
     assert w.activations is not None
-    quantized = activations.quantize(x, w.activations, numbers[0][0])
+    held = activations.input_scale(w, x.ndim, numbers[1])
+    quantized = activations.quantize(x, w.activations, numbers[0][0], held)
     if quantized.group_size is not None or quantized.format.kind == "codebook":
         near = activations.dequantize(quantized).astype(x.dtype)
         return _float_dot(near, qtensor.dequantize(w, x.dtype), numbers, precision)
@@ -383,8 +385,12 @@ def _both_quantized_forward(x, w, numbers, precision):
 def _both_quantized_backward(numbers, precision, saved, cotangent):
     """Straight through the rounding of ``x``: the gradient of the weight-only product."""
     x, w = saved
-    _, pullback = jax.vjp(lambda x, w: _weight_only(x, w, numbers, precision), x, w)
-    return pullback(cotangent)
+    held = activations.input_scale(w, x.ndim, numbers[1])
+
+    def product(x, w):
+        return _weight_only(activations.within_range(x, w.activations, held), w, numbers, precision)
+
+    return jax.vjp(product, x, w)[1](cotangent)
 
 
 _both_quantized.defvjp(_both_quantized_forward, _both_quantized_backward)

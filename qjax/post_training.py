@@ -48,8 +48,8 @@ def quantize_model(
     Raises:
       ValueError: no layer is quantized at all, a layer's weight holds NaN or a group size does not
         divide it, a layer is quantized already, two layers share a weight that the recipe holds in
-        two ways (the message begins with the layer's path), or the method needs to see activations
-        and ``observed`` is missing.
+        two ways (the message begins with the layer's path), or the method or a static scheme needs to
+        see activations and ``observed`` is missing.
 
     Example:
       >>> from flax import nnx
@@ -66,10 +66,10 @@ def quantize_model(
             f"{method.name} changes what feeds a layer, or layers together, which needs the model in "
             "blocks; qjax.quantize_sequentially takes it block by block"
         )
-    if method.calibrated and observed is None:
-        raise ValueError(
-            f"{method.name} needs what the layers multiply: give qjax.calibrate's result"
-        )
+    if method.looks_at_inputs(recipe) and observed is None:
+        scheme = recipe.static_scheme
+        needing = method.name if method.calibrated or scheme is None else scheme.name
+        raise ValueError(f"{needing} needs what the layers multiply: give qjax.calibrate's result")
     result = copied(model)
     assigned = assignment.assign(result, recipe)
     known = {} if observed is None else layer_quantization.inputs_of(observed)
@@ -78,9 +78,11 @@ def quantize_model(
         if assigned.scheme(path) is not None:
             on_layer(path)
         inputs, fallback = known.get(path), ""
+        how = method
         if inputs is not None and method.needs_hessians and inputs.shortage:
-            inputs, fallback = None, f"{inputs.shortage}: rounded to nearest"
-        reports.append(layer_quantization.quantize_layer(path, assigned, method, inputs, fallback))
+            fallback = f"{inputs.shortage}: rounded to nearest"
+            inputs, how = inputs.without_hessian, method.without_inputs
+        reports.append(layer_quantization.quantize_layer(path, assigned, how, inputs, fallback))
     return result, QuantizationReport(
         layers=tuple(reports), unmatched_rules=assigned.unmatched_rules
     )

@@ -44,7 +44,9 @@ class KernelLayout:
 # How a scheme calls the dtypes of scales that are not simply floats.
 _SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
 
-_LEAVES = ("codes", "scale", "zero", "tensor_scale", "columns", "outliers", "layer")
+_LEAVES = (
+    "codes", "scale", "zero", "tensor_scale", "input_scale", "columns", "outliers", "layer",
+)  # fmt: skip
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -61,6 +63,8 @@ class QTensor:
       scale: one entry a tile; the logical dtype, or float8_e8m0fnu (mx), or float8_e4m3fn (nvfp4).
       zero: int8, one entry a tile; None when symmetric.
       tensor_scale: float32 scalar over e4m3 scales; else None.
+      input_scale: float32 scalar, of all activations, where their scheme is static; None before
+        calibration has found it (:func:`qjax.activations.static_scale`), or where it is not.
       columns: int32, numbers of the inputs that are held as they are, as :mod:`qjax.outliers` counts
         them, over the whole axis; None: no input is.
       outliers: the weights of those inputs, ``[columns, ...]``, whatever their codes say. A product takes
@@ -75,8 +79,8 @@ class QTensor:
     """
 
     __slots__ = (
-        "_dtype", "_shape", "_tile", "activations", "axis", "codes", "columns", "format", "layer",
-        "layout", "outliers", "scale", "tensor_scale", "zero",
+        "_dtype", "_shape", "_tile", "activations", "axis", "codes", "columns", "format",
+        "input_scale", "layer", "layout", "outliers", "scale", "tensor_scale", "zero",
     )  # fmt: skip
 
     # The leaves are Any on purpose: under transformations JAX puts tracers, shapes or plain
@@ -85,6 +89,7 @@ class QTensor:
     scale: Any
     zero: Any
     tensor_scale: Any
+    input_scale: Any
     columns: Any
     outliers: Any
     layer: Any
@@ -100,6 +105,7 @@ class QTensor:
         scale: Any,
         zero: Any = None,
         tensor_scale: Any = None,
+        input_scale: Any = None,
         columns: Any = None,
         outliers: Any = None,
         layer: Any = None,
@@ -118,6 +124,7 @@ class QTensor:
           scale: one entry a tile.
           zero: one entry a tile, or None.
           tensor_scale: scalar, or None.
+          input_scale: scalar, or None.
           columns: numbers of inputs, or None.
           outliers: their weights, or None.
           layer: int32 scalar, or None.
@@ -131,6 +138,7 @@ class QTensor:
         """
         self.codes, self.scale, self.zero, self.tensor_scale = codes, scale, zero, tensor_scale
         self.columns, self.outliers, self.layer = columns, outliers, layer
+        self.input_scale = input_scale
         self.format, self.axis, self.activations = format, axis, activations
         self.layout = layout
         self._shape, self._tile, self._dtype = tuple(shape), tuple(tile), jnp.dtype(dtype)

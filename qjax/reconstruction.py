@@ -27,7 +27,6 @@ from qjax.algorithms.learned_rounding import Anchor, Options, Parameters
 from qjax.blockwise import Block
 from qjax.nnx_layers import QuantizableLayer
 from qjax.qtensor import QTensor
-from qjax.scheme import ActivationScheme
 
 LEAST_WINDOWS = 2  # one to train on, one to measure on
 _CHECKS = 10  # how often, in a training, its loss is measured
@@ -222,7 +221,7 @@ def _output(
         hook = functools.partial(
             _promote,
             layer=layer,
-            scheme=None if anchor is None else anchor.start.activations,
+            held=None if anchor is None else anchor.start,
             compute_dtype=problem.compute_dtype,
         )
         setattr(layer, "promote_dtype", hook)  # noqa: B010  Flax declares it with a type of its own
@@ -235,11 +234,12 @@ def _promote(
     dtype: Any = None,
     inexact: bool = True,
     layer: QuantizableLayer,
-    scheme: ActivationScheme | None,
+    held: QTensor | None,
     compute_dtype: Any,
 ) -> tuple[Any, ...]:
-    """A layer's hook: what it multiplies, rounded as its scheme says, straight through."""
+    """A layer's hook: what it multiplies, rounded as its QTensor says, straight through."""
     x, *others = nnx_layers.promote(args, dtype=compute_dtype or dtype, inexact=inexact)
-    if scheme is not None:
-        x = activations.fake_quantize(x, scheme, nnx_layers.summed_axes(layer, x.ndim))
+    if held is not None and held.activations is not None:
+        summed = nnx_layers.summed_axes(layer, x.ndim)
+        x = activations.fake_quantize(x, held.activations, summed, held.input_scale)
     return (x, *others)

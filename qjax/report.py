@@ -29,6 +29,8 @@ class LayerReport:
       fallback: what was done because they were too few; empty otherwise.
       outliers: inputs that are kept as they are, in 16 bits; None: the method keeps none.
       crowded_out: inputs as large as those, for which there was no room.
+      input_scale: the static scale of what the layer multiplies; None: its inputs are quantized by
+        their own values, or not at all.
     """
 
     path: str
@@ -46,6 +48,7 @@ class LayerReport:
     outliers: int | None = None
     crowded_out: int = 0
     fallback: str = ""
+    input_scale: float | None = None
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> "LayerReport":

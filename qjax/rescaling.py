@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax import folding, nnx_layers, observation, qtensor
+from qjax import activations, folding, nnx_layers, observation, qtensor
 from qjax.algorithms import awq, round_nearest, smoothquant
 from qjax.blockwise import Block, Fold
 from qjax.observation import Observed
@@ -68,8 +68,8 @@ def rescale(
             losses = _product_losses(weight, inputs.hessian, scales, where=where, scheme=scheme)
         else:
             losses = _block_losses(
-                graphdef, state, scales, samples, block.context, where=where, scheme=scheme,
-                apply=apply, compute_dtype=compute_dtype,
+                graphdef, state, scales, samples, block.context, inputs.absmax, where=where,
+                scheme=scheme, apply=apply, compute_dtype=compute_dtype,
             )  # fmt: skip
         best = int(jnp.argmin(losses))
         if best > 0:
@@ -96,16 +96,16 @@ def candidates(
     """
     match options:
         case awq.Options():
-            activations = folding.gathered(where, inputs.mean_magnitude).mean(axis=0)
+            magnitudes = folding.gathered(where, inputs.mean_magnitude).mean(axis=0)
             relative = awq.relative_magnitude(weights, scheme.weights.group_size)
             relative = folding.gathered(where, relative).mean(axis=0)
-            scales = [awq.scale(activations, relative, ratio) for ratio in awq.RATIOS]
+            scales = [awq.scale(magnitudes, relative, ratio) for ratio in awq.RATIOS]
         case smoothquant.Options():
-            activations = folding.gathered(where, inputs.absmax).max(axis=0)
+            magnitudes = folding.gathered(where, inputs.absmax).max(axis=0)
             largest = jnp.max(jnp.abs(jnp.concatenate(weights, axis=1)), axis=1)
             largest = folding.gathered(where, largest.astype(jnp.float32)).max(axis=0)
             tried = smoothquant.STRENGTHS if options.strength is None else (options.strength,)
-            scales = [smoothquant.scale(activations, largest, strength) for strength in tried]
+            scales = [smoothquant.scale(magnitudes, largest, strength) for strength in tried]
     return jnp.stack([jnp.ones_like(scales[0]), *scales])
 
 
@@ -158,6 +158,7 @@ def _block_losses(
     scales: Float[Array, "candidates c"],
     samples: Float[Array, "B T D"],
     context: Any,
+    absmax: Float[Array, " k"],
     *,
     where: Fold,
     scheme: Scheme,
@@ -179,7 +180,11 @@ def _block_losses(
         folding.fold(module, where, scale)
         for path, layer in nnx_layers.quantizable_layers(module):
             if path in where.consumers:
-                simulate(layer, round_nearest.quantize(nnx_layers.weight_of(layer), scheme))
+                q = round_nearest.quantize(nnx_layers.weight_of(layer), scheme)
+                if q.activations is not None and q.activations.static:
+                    reached = absmax / folding.spread(where, scale)
+                    q = q.replaced(input_scale=activations.static_scale(reached, q.activations))
+                simulate(layer, q)
         return jnp.mean((output(module) - target) ** 2)
 
     return lax.map(loss, scales)

@@ -17,8 +17,8 @@ ScaleFormat = Literal["float", "e8m0", "e4m3"]
 
 SUPPORTED = (
     "w4a16, w8a16, w3a16, w2a16 (with -gN, -channel or -tensor, and -asym), nf4, w8a8, w4a8, w4a4, "
-    "w4afp8 (with -gN or -channel), fp8-dynamic, fp8-a16, fp8-e5m2 (with -channel or -tensor), "
-    "fp8-block, mxfp4, mxfp4-a4, mxfp8, mxfp8-a8, nvfp4"
+    "w4afp8 (with -gN or -channel, and -static), fp8-dynamic, fp8-static, fp8-a16, fp8-e5m2 (with "
+    "-channel or -tensor), fp8-block, mxfp4, mxfp4-a4, mxfp8, mxfp8-a8, nvfp4"
 )
 
 # What a bare name means; 64 for 2-bit and nf4 weights as in QLoRA and EfficientQAT, else 128.
@@ -60,17 +60,27 @@ class WeightScheme:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationScheme:
-    """How the other operand of a product is quantized, at run time and from its own values.
+    """How the other operand of a product is quantized at run time.
 
     Attributes:
       format: format of the codes.
       group_size: elements along the contraction that share a scale; None: all of a token's.
       scale_format: float32, or powers of two (e8m0).
+      static: whether one scale for all tokens is known beforehand, from calibration, and stored with the
+        weight; else scales come from the values themselves.
     """
 
     format: Format
     group_size: int | None = None
     scale_format: Literal["float", "e8m0"] = "float"
+    static: bool = False
+
+    def __post_init__(self):  # noqa: D105
+        if self.static and (self.group_size is not None or self.scale_format != "float"):
+            raise ValueError(
+                f"a static scale is one float for all activations; it does not go with "
+                f"{self.group_size=}, {self.scale_format=}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +104,22 @@ class Scheme:
         """
         return "-".join([_head(self), *_options(self)])
 
+    @property
+    def is_static(self) -> bool:
+        """Whether activations have a scale from calibration.
+
+        >>> Scheme.parse("w8a8-static").is_static, Scheme.parse("w8a8").is_static
+        (True, False)
+        """
+        return self.activations is not None and self.activations.static
+
     @staticmethod
     def parse(name: str) -> "Scheme":
         """Reads a scheme's name.
 
         Raises:
-          ValueError: the name is not one of ``SUPPORTED``, or needs activation scales from
-            calibration; the message says which.
+          ValueError: the name is not one of ``SUPPORTED``, or asks for zeros of weights that meet
+            quantized activations.
 
         Example:
           >>> Scheme.parse("w4a16-g128-asym").weights.group_size
@@ -152,13 +171,17 @@ def _options(scheme: Scheme) -> list[str]:
     if head == "fp8":
         if weights.granularity == "block" or (activations and activations.group_size is not None):
             return ["block"]
-        kind = "dynamic" if activations else "e5m2" if weights.format == formats.E5M2 else "a16"
+        kind = "e5m2" if weights.format == formats.E5M2 else "a16"
+        if activations is not None:
+            kind = "static" if activations.static else "dynamic"
         return [kind, "tensor"] if weights.granularity == "tensor" else [kind]
     group = weights.granularity if weights.group_size is None else f"g{weights.group_size}"
     # A bare w8a8 or w4a8 means whole-row scales, a bare w4a4 or w4afp8 groups.
     bare = activations is not None and activations.format == formats.INT8
     spelled = [] if bare and weights.granularity == "channel" else [group]
-    return spelled + ([] if weights.symmetric else ["asym"])
+    return (
+        spelled + ([] if weights.symmetric else ["asym"]) + (["static"] if scheme.is_static else [])
+    )
 
 
 def _unknown(name: str) -> ValueError:
@@ -174,6 +197,9 @@ def _integer_scheme(name: str, bits: int, activation_kind: str, options: list[st
         raise ValueError(
             f"{name}: products with quantized activations need symmetric weights; leave out -asym"
         )
+    static = options.count("static") == 1 and not weight_only
+    if static:
+        options = [option for option in options if option != "static"]
     # int8 x int8 multiplies whole rows: one scale a channel keeps the sum in integers.
     default = "channel" if activation_kind == "8" else "group"
     weights = _weights(
@@ -185,16 +211,16 @@ def _integer_scheme(name: str, bits: int, activation_kind: str, options: list[st
     )
     if weight_only:
         return Scheme(weights=weights)
-    activations = ActivationScheme(format=_ACTIVATION_FORMATS[activation_kind])
+    activations = ActivationScheme(format=_ACTIVATION_FORMATS[activation_kind], static=static)
     return Scheme(weights=weights, activations=activations)
 
 
 def _fp8_scheme(name: str, options: list[str]) -> Scheme:
     match options or ["dynamic"]:
-        case ["dynamic", *rest]:
+        case ["dynamic" | "static" as kind, *rest]:
             return Scheme(
                 weights=_weights(name, formats.E4M3, rest, "channel", groups=False),
-                activations=ActivationScheme(format=formats.E4M3),
+                activations=ActivationScheme(format=formats.E4M3, static=kind == "static"),
             )
         case ["a16", *rest]:
             return Scheme(weights=_weights(name, formats.E4M3, rest, "channel", groups=False))
@@ -204,11 +230,6 @@ def _fp8_scheme(name: str, options: list[str]) -> Scheme:
             weights = WeightScheme(format=formats.E4M3, granularity="block", group_size=128)
             activations = ActivationScheme(format=formats.E4M3, group_size=128)
             return Scheme(weights=weights, activations=activations)
-        case ["static"]:
-            raise ValueError(
-                "fp8-static needs activation scales from calibration, which rounding to nearest "
-                "does not have; fp8-dynamic needs none"
-            )
     raise _unknown(name)
 
 
@@ -308,6 +329,15 @@ class Recipe:
     """
 
     rules: tuple[Rule, ...]
+
+    @property
+    def static_scheme(self) -> Scheme | None:
+        """The first scheme whose activations have a scale from calibration; None: none needs any.
+
+        >>> Recipe.uniform("w8a8-static").static_scheme.name
+        'w8a8-static'
+        """
+        return next((r.scheme for r in self.rules if r.scheme and r.scheme.is_static), None)
 
     @staticmethod
     def uniform(scheme: str | Scheme) -> "Recipe":

@@ -89,7 +89,8 @@ def quantize_sequentially(
     Args:
       model: left as it is. With a storage that holds the weights outside, shapes in place of arrays.
       chain: what makes a :class:`qjax.blockwise.Blockwise` of it, given the length of the windows.
-      tokens: calibration windows; a method that looks at no activations takes none of them.
+      tokens: calibration windows; a method that looks at no activations takes none of them, unless a
+        scheme is static: its input scale is of the inputs' largest magnitude.
       recipe: which layers are held how; a scheme's name means that scheme everywhere.
       method: how weights are rounded, or its name.
       search: how the range of each tile is chosen, where ``method`` is a name; None: as suits it.
@@ -107,9 +108,10 @@ def quantize_sequentially(
       every layer.
 
     Raises:
-      ValueError: as :func:`qjax.quantize_model` does; or a layer has more inputs than there are
-        calibration tokens, activations that are not finite, too few windows to learn from, or a model
-        that no rotation passes through.
+      ValueError: as :func:`qjax.quantize_model` does; or there are no tokens to calibrate on, a static
+        scheme for a layer outside the blocks, a layer with more inputs than there are calibration tokens,
+        activations that are not finite, too few windows to learn from, or a model that no rotation passes
+        through.
     """
     recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
     method = Method.parse(method, search, recipe) if isinstance(method, str) else method
@@ -122,6 +124,10 @@ def quantize_sequentially(
     result = copied(model)
     assigned = assignment.assign(result, recipe)
     blockwise = chain(result, tokens.shape[1])
+    looks_at_inputs = method.looks_at_inputs(recipe)
+    if looks_at_inputs:
+        _check_tokens(tokens, method, recipe)
+        _check_static(assigned, blockwise)
     modules = folding.modules_of(result)
     rotated = None
     if method.rotated is not None:
@@ -133,7 +139,7 @@ def quantize_sequentially(
         _run, apply=blockwise.apply, compute_dtype=_compute_dtype(), experts=experts
     )
     hidden, unquantized = (SpilledArrays(spill) if spill else [] for _ in range(2))
-    if method.calibrated and any(storage.finished(b.path) is None for b in blockwise.blocks):
+    if looks_at_inputs and any(storage.finished(b.path) is None for b in blockwise.blocks):
         batches = np.array_split(tokens, range(batch_size, len(tokens), batch_size))
         for wanted in (hidden, unquantized) if method.learned else (hidden,):
             _enter(wanted, batches, blockwise, storage, modules)
@@ -335,7 +341,8 @@ def _quantize_block(
     paths = _paths(block, assigned)
     wanted = [path for path in paths if assigned.scheme(path) is not None]
     known: dict[str, Inputs] = {}
-    if method.calibrated and wanted:
+    static = any(map(assigned.is_static, wanted))
+    if (method.calibrated or static) and wanted:
         observe = functools.partial(
             _observed, block, hidden, run=run, hessians=method.needs_hessians
         )
@@ -441,6 +448,28 @@ def _fallback(inputs: Inputs | None) -> str:
     if inputs is None or inputs.few is None or not inputs.shortage:
         return ""
     return f"{inputs.shortage}: filled up with the average of all tokens"
+
+
+def _check_tokens(tokens: Int[np.ndarray, "n length"], method: Method, recipe: Recipe) -> None:
+    if tokens.size:
+        return
+    scheme = recipe.static_scheme
+    if method.calibrated or scheme is None:
+        raise ValueError(
+            f"{method.name} looks at what the layers multiply: it needs tokens, got none"
+        )
+    raise ValueError(f"{scheme.name} has input scales from calibration: it needs tokens, got none")
+
+
+def _check_static(assigned: Assignment, blockwise: Blockwise) -> None:
+    """Refuses static scales of inputs that nobody will see, before any work is done."""
+    blocks = tuple(f"{block.path}/" for block in blockwise.blocks)
+    for path in assigned.layers:
+        if assigned.is_static(path) and not path.startswith(blocks):
+            raise ValueError(
+                f"{path}: a static scheme has an input scale from calibration, which sees what layers in "
+                "blocks multiply, not this one; a scheme without -static needs none"
+            )
 
 
 def _check(known: dict[str, Inputs], method: Method) -> None:

@@ -5,7 +5,8 @@
     qjax.json                           format version; shapes, dtypes, each QTensor's static part;
                                         whether inputs are turned online, which config.json cannot say
     arrays/                             the Orbax checkpoint: parameter path -> array, or -> codes,
-                                        scale, zero, tensor_scale, columns and outliers of a QTensor
+                                        scale, zero, tensor_scale, input_scale, columns and outliers
+                                        of a QTensor
 
 It holds whatever a QTensor can be. Codes below 8 bits are stored as the bytes of
 :mod:`pallas_kernels.packing`, however the model holds them to compute.
@@ -41,7 +42,8 @@ DESCRIPTION_FILE = "qjax.json"
 _ARRAYS = "arrays"
 _VERSION = 1
 _PLAIN = ("codes", "scale", "zero", "tensor_scale")  # of a QTensor; the last two may be absent
-_LEAVES = (*_PLAIN, "columns", "outliers")  # these two are there together, or absent
+# The input scale is there only if the scheme of activations is static; the last two together, or absent.
+_LEAVES = (*_PLAIN, "input_scale", "columns", "outliers")
 
 
 def write_orbax(folder: Path, model: Decoder) -> None:
@@ -133,9 +135,9 @@ def _describe(q: QTensor) -> dict[str, Any]:
         "leaves": {name: _abstract(leaf) for name, leaf in _leaves(q).items()},
     }
     if q.activations is not None:
-        entry["activations"] = dataclasses.asdict(q.activations) | {
-            "format": q.activations.format.name
-        }
+        activations = dataclasses.asdict(q.activations) | {"format": q.activations.format.name}
+        # Said only where it is so: what was written before there were static scales reads the same.
+        entry["activations"] = {k: v for k, v in activations.items() if k != "static" or v}
     return entry
 
 
@@ -158,11 +160,23 @@ def _assemble(
         dtype=entry["dtype"] if dtype is None else dtype,
         activations=activations,
     )
+    if "input_scale" in leaves:
+        q = q.replaced(input_scale=leaves["input_scale"])
+        _check_input_scale(q)
     if "outliers" not in leaves:
         return q
     columns, held = leaves["columns"], leaves["outliers"]
     outliers.check(q.shape, columns, held, q.axis)
     return q.replaced(columns=columns, outliers=held)
+
+
+def _check_input_scale(q: QTensor) -> None:
+    scale, stacked = q.input_scale, q.shape[: q.ndim - len(q.tile)]
+    if scale.shape != stacked or scale.dtype != jnp.float32 or not bool((scale > 0).all()):
+        raise ValueError(
+            f"the static input scale must be positive, float32 {list(stacked)}; it is {scale.dtype} "
+            f"{list(scale.shape)}"
+        )
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -202,15 +216,21 @@ def _is_described(entry: Any) -> bool:
                 and ("columns" in leaves) == ("outliers" in leaves)
                 and all(map(_is_array, leaves.values()))
                 and (activations is None or _are_activations(activations))
+                and ("input_scale" not in leaves or (activations or {}).get("static", False))
             )
     return _is_array(entry) and "leaves" not in entry
 
 
 def _are_activations(value: Any) -> bool:
     match value:
-        case {"format": format, "group_size": size, "scale_format": "float" | "e8m0"}:
+        case {"format": format, "group_size": size, "scale_format": "float" | "e8m0" as kind}:
+            static = value.get("static", False)
             return (
-                format in formats.NAMES and len(value) == 3 and (size is None or _are_sizes([size]))
+                format in formats.NAMES
+                and value.keys() <= {"format", "group_size", "scale_format", "static"}
+                and (size is None or _are_sizes([size]))
+                and isinstance(static, bool)
+                and (not static or (size is None and kind == "float"))
             )
     return False
 

@@ -5,6 +5,7 @@ import functools
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qjax import QTensor, Recipe, nnx_layers, quantize
@@ -35,7 +36,10 @@ def outline(model: Decoder, recipe: Recipe) -> Decoder:
             continue
         axis = nnx_layers.contraction_axes(layer)
         quantized = functools.partial(quantize, scheme=scheme, axis=axis, name=path)
-        place(layer, nnx_layers.variable_of(layer), jax.eval_shape(quantized, weight))
+        q = jax.eval_shape(quantized, weight)
+        if scheme.is_static:
+            q = q.replaced(input_scale=jax.ShapeDtypeStruct((), jnp.float32))
+        place(layer, nnx_layers.variable_of(layer), q)
     return result
 
 

@@ -30,10 +30,10 @@ def join_projections(model: Decoder) -> None:
     """Joins what shares an input, wherever one weight holds exactly what the separate ones do.
 
     It does where all are plain arrays of one dtype, or QTensors of one scheme whose scales belong to
-    outputs or to blocks of whole outputs. Weights under one scale for all (`-tensor`, `nvfp4`), of
-    different schemes, or arranged for a kernel already stay as they are, and so do layers that compute
-    in different ways (`dtype`, `precision`, `dot_general=` and the like); attention and MLP of each layer
-    are decided on by themselves.
+    outputs or to blocks of whole outputs, with the same static input scale if they have any. Weights
+    under one scale for all (`-tensor`, `nvfp4`), of different schemes, or arranged for a kernel already
+    stay as they are, and so do layers that compute in different ways (`dtype`, `precision`,
+    `dot_general=` and the like); attention and MLP of each layer are decided on by themselves.
 
     To be done when a model is loaded to be run, before `qjax.prepare`: files hold the separate weights,
     so a joined model is not saved (`is_joined`).
@@ -103,9 +103,11 @@ def _kind(weight: Any) -> Hashable:
     if shared > 1 and not in_blocks:
         return None
     columns = None if weight.columns is None else tuple(weight.columns.tolist())
+    # Calibration gives layers of one input one scale; trained ones may differ, and then stay apart.
+    input_scale = None if weight.input_scale is None else weight.input_scale.tolist()
     return (
         weight.format, weight.axis, weight.tile, weight.dtype, weight.activations,
-        weight.scale.dtype, weight.zero is None, columns,
+        weight.scale.dtype, weight.zero is None, columns, input_scale,
     )  # fmt: skip
 
 
@@ -142,7 +144,7 @@ def _side_by_side(parts: list[Any]) -> Any:
         tile=first.tile,
         dtype=first.dtype,
         activations=first.activations,
-    )
+    ).replaced(input_scale=first.input_scale)
     if first.outliers is None:
         return result
     return result.replaced(

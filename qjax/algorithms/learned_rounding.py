@@ -224,7 +224,7 @@ def hard(anchor: Anchor, params: Parameters) -> QTensor:
         rounded.codes, rounded.scale,
         None if rounded.zero is None else rounded.zero.astype(jnp.int8), q.tensor_scale,
         format=q.format, axis=q.axis, tile=q.tile, dtype=q.dtype, activations=q.activations,
-    )  # fmt: skip
+    ).replaced(input_scale=q.input_scale)  # fmt: skip
 
 
 class _Rounded(NamedTuple):

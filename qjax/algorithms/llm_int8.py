@@ -162,10 +162,11 @@ def check(scheme: Scheme) -> None:
     """Checks that a scheme has the two kinds of codes that the paper splits a product into.
 
     Raises:
-      ValueError: weights or activations are not int8.
+      ValueError: weights or activations are not int8, or activations have one scale for all tokens.
     """
     activations = scheme.activations
-    if activations is None or {scheme.weights.format, activations.format} != {formats.INT8}:
+    kinds = {scheme.weights.format, activations and activations.format}
+    if kinds != {formats.INT8} or scheme.is_static:
         raise ValueError(
             f"llm-int8 keeps outliers beside int8 weights and int8 activations: it is for w8a8 (with "
             f"-gN or -tensor), not for {scheme.name}"

@@ -161,8 +161,9 @@ def _advanced(old: PyTree, cotangents: PyTree) -> PyTree:
 
 def _check(path: str, layer: QuantizableLayer, scheme: Scheme | None) -> None:
     assert scheme is not None, "of the layers to be quantized"
+    inputs = scheme.activations
     if scheme.weights.format != formats.E4M3 or (
-        scheme.activations is None or scheme.activations.format != formats.E4M3
+        inputs is None or inputs.format != formats.E4M3 or inputs.static
     ):
         raise ValueError(
             f"{path}: {scheme.name} is not trained in FP8: name fp8-dynamic, or null to leave it as it is"

@@ -7,6 +7,7 @@ where the scheme quantizes activations. The layer's own weight stays the full-pr
 optimizer moves; scales that are trained are parameters of the hook.
 """
 
+import math
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -16,11 +17,11 @@ from jaxtyping import Array, Float
 from qjax import activations, assignment, nnx_layers, qtensor
 from qjax.assignment import Assignment
 from qjax.nnx_layers import QuantizableLayer, QuantizedParam
-from qjax.qat import form
+from qjax.qat import form, lsq
 from qjax.qat.form import Form
 from qjax.qat.lsq import LearnedGrid
 from qjax.qtensor import QTensor
-from qjax.scheme import Recipe
+from qjax.scheme import ActivationScheme, Recipe
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -42,6 +43,7 @@ class FakeQuantizer(nnx.Module):
       scale: of each tile, where it does not follow the weight.
       zero: likewise; None when symmetric.
       tensor_scale: over e4m3 scales.
+      input_scale: of what the layer multiplies, where that is static.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class FakeQuantizer(nnx.Module):
         form: Form,
         summed: nnx_layers.SummedInput,
         grid: LearnedGrid | None = None,
+        input_scale: Float[Array, "..."] | None = None,
         *,
         learned: bool = True,
     ):
@@ -58,7 +61,8 @@ class FakeQuantizer(nnx.Module):
           form: how the weight is going to be held.
           summed: which axes of the layer's input a product sums over.
           grid: scales and zeros; None: they follow the weight.
-          learned: whether the grid is trained.
+          input_scale: of a static scheme; None: it is dynamic.
+          learned: whether the grid and the input scale are trained.
         """
         self.form, self.summed = form, summed
         kind = LearnedScale if learned else FixedScale
@@ -66,6 +70,7 @@ class FakeQuantizer(nnx.Module):
         self.scale = nnx.data(None if scale is None else kind(scale))
         self.zero = nnx.data(None if zero is None else kind(zero))
         self.tensor_scale = nnx.data(None if tensor_scale is None else FixedScale(tensor_scale))
+        self.input_scale = nnx.data(None if input_scale is None else kind(input_scale))
 
     @property
     def grid(self) -> LearnedGrid | None:
@@ -84,12 +89,35 @@ class FakeQuantizer(nnx.Module):
         x, *others = nnx_layers.promote((x, w, *rest), dtype=dtype, inexact=inexact)
         scheme = self.form.scheme.activations
         if scheme is not None:
-            x = activations.fake_quantize(x, scheme, nnx_layers.summed_in(self.summed, x.ndim))
+            summed = nnx_layers.summed_in(self.summed, x.ndim)
+            if self.input_scale is None:
+                x = activations.fake_quantize(x, scheme, summed)
+            else:
+                x = _by_static_scale(x, self.input_scale[...], scheme, summed)
         return (x, *others)
 
     def quantized(self, w: Float[Array, "..."]) -> QTensor:
         """The QTensor that the layer has been computing with."""
-        return form.quantize(w, self.form, self.grid)
+        q, scheme = form.quantize(w, self.form, self.grid), self.form.scheme.activations
+        if self.input_scale is None or scheme is None:
+            return q
+        held = lsq.stored(LearnedGrid(self.input_scale[...]), scheme.format)
+        return q.replaced(input_scale=held.scale)
+
+
+def _by_static_scale(
+    x: Float[Array, "*shape"],
+    scale: Float[Array, ""],
+    scheme: ActivationScheme,
+    summed: tuple[int, ...],
+) -> Float[Array, "*shape"]:
+    """What a product makes of activations by a static scale, with LSQ's gradients."""
+    grid = LearnedGrid(scale.reshape((1,) * x.ndim))
+    features = math.prod(x.shape[a] for a in summed)
+    rounded = lsq.fake_quantize(
+        x, grid, scheme.format, x.shape, gradient_scale=lsq.gradient_scale(features, scheme.format)
+    )
+    return jnp.where(jnp.isnan(x), x, rounded)  # which integers have no code for
 
 
 def with_hooks(model: Model, recipe: Recipe, dtype: Any = None) -> Model:
@@ -123,11 +151,13 @@ def trainable(model: Model, *, learned: bool = True, dtype: Any = jnp.float32) -
     """A quantized model as one that trains, beginning with exactly its codes.
 
     Weights are parameters again, with the values of the QTensors, and so is everything else; the layers'
-    grids begin as they are. What the layers compute in stays as it was.
+    grids begin as they are, and so do the static scales of what they multiply. What the layers compute
+    in stays as it was.
 
     Args:
       model: with QTensors; left as it is.
-      learned: whether scales and zeros are trained (LSQ); else weights are, on the grids as they are.
+      learned: whether scales and zeros are trained (LSQ), static input scales too; else weights are, on
+        the grids as they are.
       dtype: of all parameters while they train.
 
     Raises:
@@ -154,7 +184,9 @@ def trainable(model: Model, *, learned: bool = True, dtype: Any = jnp.float32) -
             grid = None
             if learned or q.scale.dtype != jnp.float8_e8m0fnu:
                 grid = form.starting_grid(q, path)
-            hook = FakeQuantizer(wanted, _summed(path, layer), grid, learned=learned)
+            hook = FakeQuantizer(
+                wanted, _summed(path, layer), grid, _starting_input_scale(path, q), learned=learned
+            )
             hooks[id(held)] = nnx.Param(qtensor.dequantize(q, dtype)), hook
         _train(layer, *hooks[id(held)])
     if not hooks:
@@ -200,6 +232,7 @@ def quantized(model: Model, dtype: Any = None) -> Model:
 def _form(path: str, layer: QuantizableLayer, assigned: Assignment, dtype: Any) -> Form:
     scheme = assigned.scheme(path)
     assert scheme is not None
+    form.check_dynamic(path, scheme)
     _check_kind(path, layer)
     w = nnx_layers.weight_of(layer)
     stacked = nnx_layers.stacked_axes(layer)
@@ -218,6 +251,14 @@ def _form(path: str, layer: QuantizableLayer, assigned: Assignment, dtype: Any) 
 def _trainable_form(path: str, layer: QuantizableLayer, q: QTensor) -> Form:
     _check_kind(path, layer)
     return Form.of(q, path)
+
+
+def _starting_input_scale(path: str, q: QTensor) -> Float[Array, "..."] | None:
+    if not q.scheme.is_static:
+        return None
+    if q.input_scale is None:
+        raise ValueError(f"{path}: {q.scheme.name} has no input scale yet, which calibration finds")
+    return jnp.array(q.input_scale)  # a copy: training may give buffers up
 
 
 def _summed(path: str, layer: QuantizableLayer) -> nnx_layers.SummedInput:

@@ -156,6 +156,23 @@ def starting_grid(q: QTensor, name: str = "array") -> LearnedGrid:
         raise ValueError(f"{name}: {error}; train with scales that follow the weights") from error
 
 
+def check_dynamic(path: str, scheme: Scheme) -> None:
+    """Checks that a model which has not been calibrated can train for a scheme.
+
+    Args:
+      path: of a layer.
+      scheme: how it is to be held.
+
+    Raises:
+      ValueError: activations have a static scale, which only calibration knows.
+    """
+    if scheme.is_static:
+        raise ValueError(
+            f"{path}: {scheme.name} has an input scale from calibration: qjax.quantize_model or "
+            "qjax.quantize_sequentially first, then qjax.trainable trains what they found"
+        )
+
+
 def _check_shape(w: Float[Array, "..."], form: Form) -> None:
     if w.shape[max(0, w.ndim - len(form.shape)) :] != form.shape:
         raise ValueError(f"{form.name}: a weight of shape {form.shape} is meant, got {w.shape}")

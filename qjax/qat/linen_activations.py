@@ -11,6 +11,7 @@ from typing import Any
 from flax import linen as nn
 
 from qjax import activations
+from qjax.qat.form import check_dynamic
 from qjax.scheme import Recipe
 
 
@@ -24,6 +25,9 @@ def fake_quant_activations(recipe: str | Recipe) -> Callable[..., Any]:
 
     Returns:
       For ``flax.linen.intercept_methods``.
+
+    Raises:
+      ValueError: under it, in the call of a layer whose scheme is static.
     """
     known = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
 
@@ -34,6 +38,7 @@ def fake_quant_activations(recipe: str | Recipe) -> Callable[..., Any]:
         scheme = known.scheme_for("/".join(layer.path))
         if scheme is None or scheme.activations is None:
             return call(*args, **kwargs)
+        check_dynamic("/".join(layer.path), scheme)
         x, *others = args or (kwargs.pop("inputs"),)
         axis = layer.axis if isinstance(layer, nn.DenseGeneral) else -1
         axes = (axis,) if isinstance(axis, int) else tuple(axis)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.qat.form import Form
+from qjax.qat.form import Form, check_dynamic
 from qjax.scheme import Recipe
 
 Axes = Mapping[str, tuple[int, ...]]
@@ -81,6 +81,7 @@ def weights_of(tree: Any, recipe: Recipe, axes: Axes | None = None, dtype: Any =
         paths.append(path if scheme else None)
         if scheme is None:
             continue
+        check_dynamic(path, scheme)
         held = str(jnp.dtype(dtype or leaf.dtype))
         form = Form(
             scheme=scheme, axis=_axis(path, kind, leaf.ndim, axes or {}), shape=leaf.shape, dtype=held,

@@ -53,8 +53,17 @@ def run(args: argparse.Namespace, console: Console) -> None:
         f"{checkpoint.kind}: {len(layers)} layers, {total / 2**20:.2f} MiB in all, "
         f"{values['bits_per_weight']:.3f} bits a weight"
     )
+    summary += _static_inputs([s for layer in layers if (s := layer["input_scale"]) is not None])
     headings = ("layer", "scheme", "shape", "bytes", "bits", "runs here as")
     console.result(values, table(headings, rows, left=2), summary, *checkpoint.notes)
+
+
+def _static_inputs(scales: list[float]) -> str:
+    """How many layers quantize what they multiply by a scale from calibration."""
+    if not scales:
+        return ""
+    least, most = min(scales), max(scales)
+    return f"; {len(scales)} quantize their inputs by a static scale, {least:.3g} to {most:.3g}"
 
 
 def _layer(path: str, w: jax.Array | QTensor) -> dict:
@@ -67,6 +76,7 @@ def _layer(path: str, w: jax.Array | QTensor) -> dict:
         "elements": w.size,
         "bytes": w.nbytes,
         "bits_per_weight": 8 * w.nbytes / w.size,
+        "input_scale": float(w.input_scale) if quantized and w.input_scale is not None else None,
         "outliers": w.columns.size if quantized and w.columns is not None else 0,
         "runs_as": ops.form(w),
     }

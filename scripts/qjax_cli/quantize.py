@@ -18,8 +18,9 @@ or smoothquant, then gptq, then learned; each may be left out, and rtn stands fo
 itself.
 
 Methods but rtn and rotation look at what the layers multiply on some text that the model is to be good
-at: --calib takes text files, or token windows as a .npy file. They go through the model block by block,
-each calibrated on what the quantized ones before it make of the text.
+at: --calib takes text files, or token windows as a .npy file. So do schemes with -static, whatever the
+method: the largest input of a layer on that text gets the highest code. They go through the model block
+by block, each calibrated on what the quantized ones before it make of the text.
 
 From a Hugging Face directory to compressed-tensors a model need not fit into memory: one block is there
 at a time, and the activations of the calibration windows, which --spill keeps in a file. Until OUT is
@@ -249,7 +250,7 @@ def _quantized(
     storage: Storage | None = None,
 ) -> tuple[Decoder, QuantizationReport]:
     what = "quantizing"
-    if how.calibrated:
+    if how.looks_at_inputs(recipe):
         what = f"calibrating on {len(tokens)} windows of {tokens.shape[1]} tokens"
     with console.progress(what, 2 * model.config.num_layers) as bar:
         return qjax.quantize_sequentially(
@@ -292,7 +293,7 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
     recipe = qjax.Recipe.uniform(budget.candidates(args)[0]) if isinstance(plan, str) else plan
 
     def calibrated(name: str) -> bool:
-        return qjax.Method.parse(name, recipe=recipe).calibrated
+        return qjax.Method.parse(name, recipe=recipe).looks_at_inputs(recipe)
 
     how = qjax.Method.parse(args.method, search, recipe)
     how.check(recipe)
@@ -310,7 +311,12 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
             f"--method {how.name}{' with --range output' if how.name == 'rtn' else ''} looks at what "
             "the layers multiply: give text or tokens, --calib FILE"
         )
-    if args.calib and not how.calibrated and isinstance(plan, qjax.Recipe):
+    if recipe.static_scheme is not None and not args.calib:
+        raise ValueError(
+            f"{recipe.static_scheme.name} has input scales from calibration: give text or tokens, "
+            "--calib FILE, or take a scheme without -static"
+        )
+    if args.calib and not how.looks_at_inputs(recipe) and isinstance(plan, qjax.Recipe):
         raise ValueError(
             f"--method {how.name} looks at no data: leave out --calib, or take "
             f"{', '.join(name for name in method.names() if calibrated(name))}"

@@ -220,7 +220,7 @@ def test_the_whole_model_at_once_rounds_such_experts_to_nearest(unbalanced):
     _, report = qjax.quantize_model(unbalanced, "w4a16-g16", observed, method="gptq")
     by_path = {layer.path: layer for layer in report.layers}
     short = by_path["model/layers/0/mlp/experts/3/down_proj"]
-    assert short.method == "rtn" and short.calibration_rows is None
+    assert short.method == "rtn" and short.calibration_rows == 0
     assert short.fallback == "0 calibration tokens for 48 inputs: rounded to nearest"
     assert by_path["model/layers/0/mlp/experts/0/down_proj"].method == "gptq"
     every = qjax.calibrate(unbalanced, [TOKENS], experts="all")

@@ -58,7 +58,7 @@ def test_json():
     assert second["scheme"] is None and second["relative_output_error"] is None
     assert set(first) == {"path", "scheme", "method", "shape", "relative_output_error", "bytes_before",
                           "bytes_after", "seconds", "reason", "saturated", "damping",
-                          "calibration_rows", "outliers", "crowded_out", "fallback"}  # fmt: skip
+                          "calibration_rows", "outliers", "crowded_out", "fallback", "input_scale"}  # fmt: skip
 
 
 def test_an_empty_report():

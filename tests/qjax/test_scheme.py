@@ -135,9 +135,49 @@ def test_weights_that_meet_quantized_activations_are_symmetric(name):
         Scheme.parse(name)
 
 
-def test_a_scheme_that_needs_calibration_says_so():
-    with pytest.raises(ValueError, match="^fp8-static needs .*calibration.*fp8-dynamic"):
-        Scheme.parse("fp8-static")
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("w8a8-static", "w8a8-static"),
+        ("w8a8-static-tensor", "w8a8-tensor-static"),
+        ("w8a8-g32-static", "w8a8-g32-static"),
+        ("w4a8-static", "w4a8-static"),
+        ("w4a4-static", "w4a4-g128-static"),
+        ("w4afp8-static-channel", "w4afp8-channel-static"),
+        ("fp8-static", "fp8-static"),
+        ("fp8-static-channel", "fp8-static"),
+        ("fp8-static-tensor", "fp8-static-tensor"),
+    ],
+)
+def test_static_scales_are_all_that_a_static_scheme_changes(name, canonical):
+    scheme = Scheme.parse(name)
+    assert scheme.name == canonical and Scheme.parse(canonical) == scheme
+    dynamic = Scheme.parse(name.replace("fp8-static", "fp8-dynamic").replace("-static", ""))
+    assert scheme.is_static and not dynamic.is_static
+    assert scheme.activations == dataclasses.replace(dynamic.activations, static=True)
+    assert scheme.weights == dynamic.weights
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["w8a16-static", "nf4-static", "fp8-block-static", "fp8-a16-static", "w8a8-static-static",
+     "mxfp8-a8-static", "nvfp4-static", "fp8-static-g32"],
+)  # fmt: skip
+def test_no_static_scale_of_groups_or_of_nothing(name):
+    with pytest.raises(ValueError, match=f"^unknown scheme '{name}'"):
+        Scheme.parse(name)
+
+
+@pytest.mark.parametrize("choices", [{"group_size": 32}, {"scale_format": "e8m0"}])
+def test_a_static_scale_is_one_float(choices):
+    with pytest.raises(ValueError, match="^a static scale is one float for all activations"):
+        ActivationScheme(format=formats.INT8, static=True, **choices)
+
+
+def test_a_recipe_knows_its_first_static_scheme():
+    rules = [["a", None], ["b", "w8a8"], ["c", "w4a8-static"], ["d", "w8a8-static"]]
+    assert Recipe.from_json(rules).static_scheme == Scheme.parse("w4a8-static")
+    assert Recipe.from_json(rules[:2]).static_scheme is None
 
 
 @pytest.mark.parametrize(

@@ -187,9 +187,10 @@ _ARGUMENT_TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
 
 
 def read_activations(arguments: Mapping[str, Any] | None) -> ActivationScheme | None:
-    """Returns how a layer's input is quantized: always from its own values, token by token.
+    """Returns how a layer's input is quantized: by a static scale, or from its own values token by token.
 
-    Static scales and scales over a whole batch are coarser than that, so they are read as this.
+    Scales over a whole batch are coarser than the latter, so they are read as this; and so are static
+    scales of another kind than one for all inputs.
 
     Raises:
         ValueError: a number format that activations cannot take; without the layer's name.
@@ -207,15 +208,17 @@ def read_activations(arguments: Mapping[str, Any] | None) -> ActivationScheme | 
         raise ValueError(f"activations of {json.dumps(dict(arguments))} cannot be read")
     grouped = arguments.get("strategy") in ("group", "tensor_group")
     powers = str(arguments.get("scale_dtype", "")).endswith("uint8")
+    one_scale = arguments.get("strategy") in (None, "tensor") and not powers
     return ActivationScheme(
         format=known[kind],
         group_size=arguments.get("group_size") if grouped else None,
         scale_format="e8m0" if powers else "float",
+        static=one_scale and arguments.get("dynamic", False) is False,
     )
 
 
 def is_dynamic(arguments: Mapping[str, Any] | None) -> bool:
-    """Says whether activation scales are found at run time, which is how they are always read."""
+    """Says whether activation scales are found at run time."""
     return arguments is None or arguments.get("dynamic") is True
 
 
@@ -290,7 +293,9 @@ def _strategy(q: QTensor) -> dict[str, Any]:
 def _activation_arguments(q: QTensor) -> dict[str, Any]:
     scheme = q.activations
     assert scheme is not None
-    arguments = _number(scheme.format) | {"symmetric": True, "dynamic": True}
+    arguments = _number(scheme.format) | {"symmetric": True, "dynamic": not scheme.static}
+    if scheme.static:
+        return arguments | {"strategy": "tensor"}
     if scheme.scale_format == "e8m0":
         arguments |= _E8M0_STORAGE
     if scheme.group_size is None or scheme.group_size >= q.shape[0]:

@@ -20,6 +20,10 @@ tensors under the layer's name are
                           weight_scale         float8_e4m3fn [out, in / 16]
                           weight_global_scale  float32 [1]: the weight is *divided* by it
 
+Where the scale of a layer's inputs is static, there is also
+
+    any of the above      input_scale          float32 [1]
+
 Packed integers are stored as `code + 2^(b-1)` in a dense stream of bits, least bit first: codes along
 `in`, zeros along `out`. As here, `w = (code - zero) * scale`.
 
@@ -70,6 +74,8 @@ def format_of(q: QTensor) -> str:
         raise ValueError("only linear layers can be held")
     if q.outliers is not None:
         raise ValueError("no format holds inputs with outliers beside the codes")
+    if q.activations is not None and q.activations.static and q.input_scale is None:
+        raise ValueError(f"{q.scheme.name} needs the input scale that calibration finds")
     group = q.activations.group_size if q.activations else None
     if group is not None and q.shape[0] > group and q.shape[0] % group:
         raise ValueError(f"activation groups of {group} must divide its {q.shape[0]} inputs")
@@ -135,6 +141,13 @@ def encode(q: QTensor) -> dict[str, PendingTensor]:
     Integers with one scale for the whole tensor are written with equal scales a channel, because
     servers have no kernels for the former.
     """
+    tensors = _of_weight(q)
+    if q.input_scale is not None:
+        tensors["input_scale"] = pending(_input_scale, q)
+    return tensors
+
+
+def _of_weight(q: QTensor) -> dict[str, PendingTensor]:
     match format_of(q):
         case "pack-quantized":
             tensors = {
@@ -238,7 +251,7 @@ class LayerSpec:
                 return (_words(counts[0], self.format.bits), counts[1])
             case "weight_scale" | "weight_zero_point":
                 return counts
-            case "weight_global_scale":
+            case "weight_global_scale" | "input_scale":
                 return (1,)
             case _:
                 return (rows, columns)
@@ -274,7 +287,8 @@ def decode(tensors: Mapping[str, Shaped[Array, "..."]], spec: LayerSpec) -> QTen
         if zero.dtype == jnp.int32:
             zero = unpack_rows(zero, spec.format.bits, rows)
     divisor = tensors.get("weight_global_scale")
-    return QTensor.from_codes(
+    input_scale = tensors.get("input_scale")
+    q = QTensor.from_codes(
         codes.T,
         scale,
         zero,
@@ -285,6 +299,9 @@ def decode(tensors: Mapping[str, Shaped[Array, "..."]], spec: LayerSpec) -> QTen
         dtype=spec.dtype,
         activations=spec.activations,
     )
+    if input_scale is None:
+        return q
+    return q.replaced(input_scale=input_scale.reshape(()).astype(jnp.float32))
 
 
 def _codes(q: QTensor) -> Shaped[Array, "out in"]:
@@ -317,6 +334,10 @@ def _packed_zeros(q: QTensor) -> Int32[Array, "words G"]:
 
 def _only_scale(q: QTensor) -> Shaped[Array, " one"]:
     return q.scale.reshape(1)
+
+
+def _input_scale(q: QTensor) -> Float[Array, " one"]:
+    return q.input_scale.reshape(1)
 
 
 def _scale_bytes(q: QTensor) -> UInt8[Array, "out G"]:

@@ -5,6 +5,7 @@ A layer is quantized if the directory has its `weight_scale`; the configuration 
 that a sloppy configuration targets but that was left plain is plain.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,8 +44,9 @@ _SUFFIXES = (
     "weight_global_scale",
     "weight_shape",
     "weight_g_idx",
+    "input_scale",
 )
-# Scales of static activations and of the KV cache: not used, and said so in the notes.
+# Of static activations as they are not read, and of the KV cache: not used, and said so in the notes.
 _UNUSED = (
     ".input_scale",
     ".input_zero_point",
@@ -94,7 +96,7 @@ def load_compressed(
     notes = list(config.notes)
     if static:
         notes.append(
-            f"{static} layers have static input scales, which are not used: "
+            f"{static} layers are said to have static input scales, but there is not one for all inputs: "
             "their inputs are quantized from their own values"
         )
     return model, tuple(notes)
@@ -117,7 +119,7 @@ def fill_compressed(
         prefix: the module's path and a slash; empty for a decoder.
 
     Returns:
-        How many layers have static input scales, which are not used.
+        How many layers have static input scales that are not used.
 
     Raises:
         ValueError: a layer cannot be read; the message names it.
@@ -135,7 +137,7 @@ def fill_compressed(
     for name in quantized:
         layer = layers.get(name.replace(".", "/"))
         try:
-            static += not is_dynamic(_install(directory, config, name, layer))
+            static += not _install(directory, config, name, layer)
         except ValueError as error:
             raise ValueError(f"{directory.path}: layer {name}: {error}") from error
     return static
@@ -158,8 +160,8 @@ def _quantized_layers(directory: ModelDirectory) -> list[str]:
 
 def _install(
     directory: ModelDirectory, config: QuantizationConfig, name: str, layer: nnx.Module | None
-) -> Mapping[str, Any] | None:
-    """Reads one layer into its place; returns its activation arguments."""
+) -> bool:
+    """Reads one layer into its place; returns whether its inputs are quantized as the file says."""
     if not isinstance(layer, nnx.Linear):
         raise ValueError("has a weight_scale, but the model has no linear layer of this name")
     group = config.group_of(name)
@@ -171,17 +173,21 @@ def _install(
         if f"{name}.{suffix}" in directory
     }
     inputs, outputs = layer.kernel.get_value().shape
+    activations = read_activations(group.activations)
+    if activations is not None and activations.static and "input_scale" not in tensors:
+        activations = dataclasses.replace(activations, static=False)
+    static = activations is not None and activations.static
     spec = LayerSpec(
         **_weight_spec(group.weights, (inputs, outputs)),
         dtype=np.dtype(layer.kernel.get_value().dtype),
-        activations=read_activations(group.activations),
+        activations=activations,
     )
-    q = _decode(dict(tensors), spec)
+    q = _decode({k: v for k, v in tensors.items() if static or k != "input_scale"}, spec)
     check_numbers(q, "codes and scales")
     place(layer, layer.kernel, q)
     for suffix in tensors:
         directory.release(f"{name}.{suffix}")
-    return group.activations
+    return static or is_dynamic(group.activations)
 
 
 def _weight_spec(arguments: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
@@ -229,6 +235,9 @@ def _decode(tensors: dict[str, np.ndarray], spec: LayerSpec) -> QTensor:
     needed = {"weight_scale", "weight_packed" if "weight_packed" in tensors else "weight"}
     if not spec.symmetric:
         needed.add("weight_zero_point")
+    if "input_scale" in tensors:
+        needed.add("input_scale")
+        _check_input_scale(tensors["input_scale"])
     if spec.format == formats.E2M1 and tensors["weight_scale"].dtype != np.uint8:
         needed.add("weight_global_scale")
     if set(tensors) != needed:
@@ -248,6 +257,12 @@ def _decode(tensors: dict[str, np.ndarray], spec: LayerSpec) -> QTensor:
         # A copy: the CPU device would keep the mapped file itself as its buffer.
         arrays[suffix] = jnp.asarray(np.array(tensor).reshape(expected))
     return layouts.decode(arrays, spec)
+
+
+def _check_input_scale(scale: np.ndarray) -> None:
+    values = np.asarray(scale, np.float32)
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(f"input_scale must be a positive number, it is {values.tolist()}")
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

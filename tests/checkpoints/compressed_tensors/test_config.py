@@ -49,9 +49,22 @@ def test_ignored_layers_have_no_group(ignored):
     ("arguments", "expected"),
     [
         (None, None),
-        ({"num_bits": 8, "type": "int"}, ActivationScheme(format=formats.INT8)),
-        ({"num_bits": 4}, ActivationScheme(format=formats.INT4)),
-        ({"num_bits": 8, "type": "float"}, ActivationScheme(format=formats.E4M3)),
+        ({"num_bits": 8, "type": "int", "dynamic": True}, ActivationScheme(format=formats.INT8)),
+        ({"num_bits": 4, "strategy": "token"}, ActivationScheme(format=formats.INT4)),
+        (
+            {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": True},
+            ActivationScheme(format=formats.E4M3),
+        ),
+        (
+            {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+            ActivationScheme(format=formats.E4M3, static=True),
+        ),
+        # compressed-tensors' own defaults.
+        ({"num_bits": 8}, ActivationScheme(format=formats.INT8, static=True)),
+        (
+            {"num_bits": 8, "strategy": None, "dynamic": "local"},
+            ActivationScheme(format=formats.INT8),
+        ),
         (
             {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128},
             ActivationScheme(format=formats.E4M3, group_size=128),

@@ -376,7 +376,7 @@ def test_empty_prompt(qjax, source):
         ["florb"],
         ["quantize", "a", "b"],
         ["quantize", "a", "b", "--scheme", "w5a16"],
-        ["quantize", "a", "b", "--scheme", "fp8-static"],
+        ["quantize", "a", "b", "--scheme", "fp8-block-static"],
         ["quantize", "a", "b", "--scheme", "w4a16", "--method", "magic"],
         ["eval", "a"],
         ["eval", "a", "--tokens", "t.npy", "--dtype", "int8"],
