@@ -3,11 +3,13 @@
 
 from collections.abc import Callable
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from qjax import formats
+from pallas_kernels import device
+from qjax import formats, kernel_products
 from qjax.qtensor import QTensor
 from qjax.scheme import ActivationScheme
 
@@ -91,3 +93,29 @@ def quantized_tokens() -> Callable[..., np.ndarray]:
         return (near * scale).reshape(x.shape)
 
     return quantize
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that takes itself for a Hopper GPU and runs kernels in the interpreter."""
+    monkeypatch.setattr(device, "is_hopper", lambda: True)
+    launched = []
+
+    def interpreted(x, *arrays, token_scale=None, layer=None, out_dtype, **choices):
+        launched.append((x.shape, str(x.dtype)))
+        outputs = 16 * arrays[0].shape[0 if layer is None else 1]
+        shape = jax.ShapeDtypeStruct((x.shape[0], outputs), out_dtype)
+        choices |= {"out_dtype": out_dtype, "interpret": True}
+
+        def run(positional, token_scale, layer):
+            y = original(*positional, token_scale=token_scale, layer=layer, **choices)
+            return np.asarray(y)
+
+        positional = (x, *(array for array in arrays if array is not None))
+        return jax.pure_callback(
+            run, shape, positional, token_scale, layer, vmap_method="sequential"
+        )
+
+    original = kernel_products.quantized_matmul
+    monkeypatch.setattr(kernel_products, "quantized_matmul", interpreted)
+    return launched

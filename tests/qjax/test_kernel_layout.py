@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 import qjax
-from pallas_kernels import device
 from qjax import activations, formats, kernel_products, ops, qtensor
 
 HALF_TOKENS = [
@@ -36,32 +35,6 @@ def same(a, b) -> None:
 @pytest.fixture
 def weight(rng):
     return jnp.asarray(rng.standard_normal((256, 48)), jnp.bfloat16)
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """A machine that takes itself for a Hopper GPU and runs kernels in the interpreter."""
-    monkeypatch.setattr(device, "is_hopper", lambda: True)
-    launched = []
-
-    def interpreted(x, *arrays, token_scale=None, layer=None, out_dtype, **choices):
-        launched.append((x.shape, str(x.dtype)))
-        outputs = 16 * arrays[0].shape[0 if layer is None else 1]
-        shape = jax.ShapeDtypeStruct((x.shape[0], outputs), out_dtype)
-        choices |= {"out_dtype": out_dtype, "interpret": True}
-
-        def run(positional, token_scale, layer):
-            y = original(*positional, token_scale=token_scale, layer=layer, **choices)
-            return np.asarray(y)
-
-        positional = (x, *(array for array in arrays if array is not None))
-        return jax.pure_callback(
-            run, shape, positional, token_scale, layer, vmap_method="sequential"
-        )
-
-    original = kernel_products.quantized_matmul
-    monkeypatch.setattr(kernel_products, "quantized_matmul", interpreted)
-    return launched
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

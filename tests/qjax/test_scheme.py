@@ -3,6 +3,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 
@@ -152,7 +153,7 @@ def test_weights_that_meet_quantized_activations_are_symmetric(name):
 def test_static_scales_are_all_that_a_static_scheme_changes(name, canonical):
     scheme = Scheme.parse(name)
     assert scheme.name == canonical and Scheme.parse(canonical) == scheme
-    dynamic = Scheme.parse(name.replace("fp8-static", "fp8-dynamic").replace("-static", ""))
+    dynamic = Scheme.parse(re.sub("-static", "", re.sub("^fp8-static", "fp8-dynamic", name)))
     assert scheme.is_static and not dynamic.is_static
     assert scheme.activations == dataclasses.replace(dynamic.activations, static=True)
     assert scheme.weights == dynamic.weights
