@@ -10,7 +10,15 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from qjax import Recipe, dequantize, quantize_model, quantize_sequentially, quantized, trainable
+from qjax import (
+    Recipe,
+    calibrate,
+    dequantize,
+    quantize_model,
+    quantize_sequentially,
+    quantized,
+    trainable,
+)
 from qjax.nnx_layers import quantized_layers
 from qjax.qat.training import Settings, Trainer
 from qjax_checkpoints.load import load
@@ -166,6 +174,25 @@ def test_logits_agree_within_activation_rounding(pretrained, tmp_path, scheme):
     theirs, ours, plain = quantized_pair(pretrained(), tmp_path / "out", scheme, jnp.float32)
     assert relative(theirs, ours) < relative(ours, plain)
     assert relative(theirs, plain) < 1.2 * relative(ours, plain)
+
+
+@pytest.mark.parametrize("scheme", ["fp8-static", "w8a8-static"])
+def test_static_scales_load_there(pretrained, tmp_path, scheme):
+    """The scale of the file is the one that compressed-tensors rounds by."""
+    checkpoint = load(pretrained())
+    tokens = TOKENS.astype(np.int32)
+    observed = calibrate(checkpoint.model, [tokens[:, :8]], hessians=False)
+    model, _ = quantize_model(checkpoint.model, scheme, observed)
+    save(model, checkpoint, tmp_path / "out", "compressed-tensors")
+    ours, plain = (np.asarray(forward(m, tokens)) for m in (model, checkpoint.model))
+    theirs = torch_logits(tmp_path / "out", torch.float32)
+    assert relative(theirs, ours) < relative(ours, plain)
+    assert relative(theirs, plain) < 1.2 * relative(ours, plain)
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for path, q in quantized_layers(model).items():
+        layer = there.get_submodule(path.replace("/", "."))
+        assert layer.input_scale.item() == float(q.input_scale)
+        assert layer.quantization_scheme.input_activations.dynamic is False
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp8", "mxfp8-a8"])

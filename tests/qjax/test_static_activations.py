@@ -171,8 +171,7 @@ def test_the_parts_of_a_mesh_have_the_scale_of_all(rng):
 
 
 KERNEL_SCHEMES = [
-    "w8a8-static", "w8a8-tensor-static", "w4a8-static", "fp8-static", "fp8-static-tensor",
-    "w4afp8-g128-static", "w4afp8-channel-static",
+    "w8a8-static", "w4a8-static", "fp8-static-tensor", "w4afp8-g128-static",
 ]  # fmt: skip
 
 

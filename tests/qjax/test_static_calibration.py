@@ -166,7 +166,8 @@ def test_what_nobody_can_calibrate_is_refused(model, tokens):
     seen = qjax.calibrate(partial, [jnp.ones((2, 8))], hessians=False)
     two = nnx.List([nnx.Linear(8, 8, rngs=nnx.Rngs(0)), partial])
     with pytest.raises(
-        ValueError, match="^layers/1/layers/0: w8a8-static has an input scale from calibration, which"
+        ValueError,
+        match="^layers/1/layers/0: w8a8-static has an input scale from calibration, which",
     ):
         qjax.quantize_model(nnx.Sequential(*two), "w8a8-static", seen)
 

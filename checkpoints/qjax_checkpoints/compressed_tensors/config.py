@@ -213,7 +213,7 @@ def read_activations(arguments: Mapping[str, Any] | None) -> ActivationScheme | 
         format=known[kind],
         group_size=arguments.get("group_size") if grouped else None,
         scale_format="e8m0" if powers else "float",
-        static=one_scale and arguments.get("dynamic", False) is False,
+        static=one_scale and not arguments.get("dynamic"),
     )
 
 

@@ -21,6 +21,7 @@ PLAIN = "bfloat16"  # the scheme of weights that are not quantized
 NUMBERS = (((1,), (0,)), ((), ()))
 SUBCHANNEL = {"xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True}
 _COMPILERS = min(8, os.cpu_count() or 1)  # threads
+_REACH = 5.0  # of static scales: about the largest of the normally distributed activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,13 @@ def _weights(scheme: str, k: int, n: int) -> list[Any]:
     @jax.jit
     def draw(key: jax.Array) -> Any:
         w = jax.random.normal(key, (k, n), jnp.bfloat16) * 0.02
-        return w if scheme == PLAIN else qjax.quantize(w, scheme)
+        if scheme == PLAIN:
+            return w
+        q = qjax.quantize(w, scheme)
+        if q.activations is None or not q.activations.static:
+            return q
+        reach = jnp.float32(_REACH)
+        return q.replaced(input_scale=activations.static_scale(reach, q.activations))
 
     nbytes = formats.device_bytes(jax.eval_shape(draw, jax.random.key(0)))
     return [draw(key) for key in jax.random.split(jax.random.key(0), timing.copies_of(nbytes))]
@@ -144,7 +151,8 @@ def dequantized_matmul(x: jax.Array, w: QTensor) -> jax.Array:
     """
     scale = tiles.spread(qtensor.scales(w).astype(x.dtype), w.tile, w.shape)
     if w.activations is not None:
-        x = activations.dequantize(activations.quantize(x, w.activations, (1,))).astype(x.dtype)
+        near = activations.quantize(x, w.activations, (1,), w.input_scale)
+        x = activations.dequantize(near).astype(x.dtype)
     dense = qtensor.centred(w, x.dtype) * scale
     return jnp.matmul(x, dense, preferred_element_type=jnp.float32).astype(x.dtype)
 

@@ -279,6 +279,7 @@ def _report(model: Decoder, source: Decoder, method: str) -> QuantizationReport:
                 bytes_after=device_bytes(w if q is None else q),
                 seconds=0.0,
                 reason="" if q else "no rule names it",
+                input_scale=None if q is None or q.input_scale is None else float(q.input_scale),
             )
         )
     return QuantizationReport(layers=tuple(layers), unmatched_rules=())

@@ -286,7 +286,7 @@ def test_a_targeted_layer_left_plain(write, quantizable_llama):
 def test_static_scales_and_cache_scales_are_noted(write, assert_same_model):
     model, path = write("fp8")
     group = group_with(path, ["Linear"])
-    static = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    static = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False}
     change_config(
         path,
         config_groups={"g": group | {"input_activations": static}},
@@ -297,7 +297,7 @@ def test_static_scales_and_cache_scales_are_noted(write, assert_same_model):
     checkpoint = load(path)
     assert checkpoint.notes == (
         "kv_cache_scheme is not used: the cache stays unquantized",
-        "14 layers have static input scales, which are not used: "
+        "14 layers are said to have static input scales, but there is not one for all inputs: "
         "their inputs are quantized from their own values",
     )
     assert_same_model(model, checkpoint.model)

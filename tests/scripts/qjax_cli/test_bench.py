@@ -44,7 +44,7 @@ PEERS = Peers(
 
 def test_rows_and_ceilings(qjax):
     outcome = qjax(
-        "bench", "matmul", "--scheme", "w4a16-g32", "bfloat16", "--tokens", 1, 3,
+        "bench", "matmul", "--scheme", "w4a16-g32", "bfloat16", "w8a8-static", "--tokens", 1, 3,
         "--shape", 128, 64, "--shape", 64, 32, "--json",
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
@@ -58,7 +58,11 @@ def test_rows_and_ceilings(qjax):
     assert seen == [
         (k, n, scheme, m)
         for k, n in ((128, 64), (64, 32))
-        for scheme in ("bfloat16", "w4a16-g32")  # what the others are compared with comes first
+        for scheme in (
+            "bfloat16",
+            "w4a16-g32",
+            "w8a8-static",
+        )  # what the others are compared with comes first
         for m in (1, 3)
     ]
     for row in values["rows"]:

@@ -84,6 +84,23 @@ def test_calibrated_methods(qjax, source, tokens, tmp_path, method, chain):
 
 
 @pytest.mark.one_version  # whole commands; the parts have tests of their own
+def test_static_scales_of_what_layers_multiply(qjax, source, tokens, tmp_path):
+    out, scheme = tmp_path / "out", "fp8-static"
+    done = qjax("quantize", source, out, "--scheme", scheme, "--calib", tokens, "--json")
+    assert done.status == 0, done.err
+    report = json.loads((out / "qjax_report.json").read_text())
+    told = {layer["path"]: layer["input_scale"] for layer in report["layers"] if layer["scheme"]}
+    assert len(told) == 14 and min(told.values()) > 0
+    seen = qjax("inspect", out, "--json").json["layers"]
+    assert {x["path"]: x["input_scale"] for x in seen if x["scheme"] == scheme} == told
+    words = qjax("inspect", out)
+    assert "14 quantize their inputs by a static scale, " in words.out, words.out
+    judged = qjax("eval", out, "--tokens", tokens, "--baseline", source, "--json")
+    assert judged.status == 0 and 0 < judged.json["kl"] < 0.05
+    assert qjax("generate", out, "--prompt", "abc", "--max-new", 3, "--json").status == 0
+
+
+@pytest.mark.one_version  # whole commands; the parts have tests of their own
 def test_inputs_with_outliers_stay_in_16_bits(qjax, source, tokens, tmp_path):
     """In a model whose norms make two of 64 inputs large, and whose weights make up for it."""
     weights = safetensors.numpy.load_file(source / "model.safetensors")

@@ -189,6 +189,25 @@ def test_schemes_that_cannot_learn_scales_train_weights(qjax, source, tmp_path, 
     assert {q.scheme.name for q in held.values()} == {"mxfp4"}
 
 
+def test_static_scales_train_from_where_calibration_ended(qjax, source, tmp_path, tokens):
+    out, begin = tmp_path / "out", tmp_path / "begin"
+    made = qjax("quantize", source, begin, "--scheme", "w8a8-static", "--calib", tokens)
+    assert made.status == 0, made.err
+    done = qjax(
+        "qat", source, out, "--scheme", "w8a8-static", "--start", begin, "--text", tokens, "--seq-len", 33,
+        "--batch", 4, "--steps", 10, "--scale-rate", 0.02,
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    start, end = (nnx_layers.quantized_layers(load(path).model) for path in (begin, out))
+    assert {q.scheme.name for q in end.values()} == {"w8a8-static"} and len(end) == 14
+    assert all(q.input_scale != start[path].input_scale for path, q in end.items())
+    report = json.loads((out / "qjax_report.json").read_text())
+    told = {layer["path"]: layer["input_scale"] for layer in report["layers"] if layer["scheme"]}
+    assert told == {path: float(q.input_scale) for path, q in end.items()}
+    losses = [float(loss) for _, loss in rows(out)]
+    assert np.isfinite(losses).all()
+
+
 def test_begins_with_the_best_post_training_result(qjax, source, tmp_path, tokens):
     out = tmp_path / "out"
     done = qjax(
