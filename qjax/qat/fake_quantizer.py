@@ -11,6 +11,7 @@ import math
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -51,7 +52,7 @@ class FakeQuantizer(nnx.Module):
         form: Form,
         summed: nnx_layers.SummedInput,
         grid: LearnedGrid | None = None,
-        input_scale: Float[Array, "..."] | None = None,
+        input_scale: nnx.Variable | None = None,
         *,
         learned: bool = True,
     ):
@@ -61,8 +62,8 @@ class FakeQuantizer(nnx.Module):
           form: how the weight is going to be held.
           summed: which axes of the layer's input a product sums over.
           grid: scales and zeros; None: they follow the weight.
-          input_scale: of a static scheme; None: it is dynamic.
-          learned: whether the grid and the input scale are trained.
+          input_scale: of a static scheme, a variable that other hooks may have too; None: it is dynamic.
+          learned: whether the grid is trained.
         """
         self.form, self.summed = form, summed
         kind = LearnedScale if learned else FixedScale
@@ -70,7 +71,7 @@ class FakeQuantizer(nnx.Module):
         self.scale = nnx.data(None if scale is None else kind(scale))
         self.zero = nnx.data(None if zero is None else kind(zero))
         self.tensor_scale = nnx.data(None if tensor_scale is None else FixedScale(tensor_scale))
-        self.input_scale = nnx.data(None if input_scale is None else kind(input_scale))
+        self.input_scale = nnx.data(input_scale)
 
     @property
     def grid(self) -> LearnedGrid | None:
@@ -151,8 +152,8 @@ def trainable(model: Model, *, learned: bool = True, dtype: Any = jnp.float32) -
     """A quantized model as one that trains, beginning with exactly its codes.
 
     Weights are parameters again, with the values of the QTensors, and so is everything else; the layers'
-    grids begin as they are, and so do the static scales of what they multiply. What the layers compute
-    in stays as it was.
+    grids begin as they are, and so do the static scales of what they multiply, one for those layers of a
+    module that begin with the same. What the layers compute in stays as it was.
 
     Args:
       model: with QTensors; left as it is.
@@ -174,6 +175,7 @@ def trainable(model: Model, *, learned: bool = True, dtype: Any = jnp.float32) -
     result = nnx.clone(model)
     layers = dict(nnx_layers.quantizable_layers(result))
     hooks: dict[int, tuple[nnx.Variable, FakeQuantizer]] = {}
+    of_inputs: dict[tuple[str, bytes], nnx.Variable] = {}
     for path, layer in layers.items():
         held = nnx_layers.variable_of(layer)
         q = held.get_value()
@@ -184,9 +186,11 @@ def trainable(model: Model, *, learned: bool = True, dtype: Any = jnp.float32) -
             grid = None
             if learned or q.scale.dtype != jnp.float8_e8m0fnu:
                 grid = form.starting_grid(q, path)
-            hook = FakeQuantizer(
-                wanted, _summed(path, layer), grid, _starting_input_scale(path, q), learned=learned
-            )
+            input_scale = None
+            if q.scheme.is_static:
+                kind = LearnedScale if learned else FixedScale
+                input_scale = of_inputs.setdefault(*_starting_input_scale(path, q, kind))
+            hook = FakeQuantizer(wanted, _summed(path, layer), grid, input_scale, learned=learned)
             hooks[id(held)] = nnx.Param(qtensor.dequantize(q, dtype)), hook
         _train(layer, *hooks[id(held)])
     if not hooks:
@@ -253,12 +257,18 @@ def _trainable_form(path: str, layer: QuantizableLayer, q: QTensor) -> Form:
     return Form.of(q, path)
 
 
-def _starting_input_scale(path: str, q: QTensor) -> Float[Array, "..."] | None:
-    if not q.scheme.is_static:
-        return None
+def _starting_input_scale(
+    path: str, q: QTensor, kind: type[nnx.Variable]
+) -> tuple[tuple[str, bytes], nnx.Variable]:
+    """The first static scale of a layer's inputs, and what layers have alike that train one together.
+
+    Calibration gives queries, keys and values the same scale, and gate and up, for they multiply the same
+    array. Joined into one product they need one scale: so those of one module that begin equal stay so.
+    """
     if q.input_scale is None:
         raise ValueError(f"{path}: {q.scheme.name} has no input scale yet, which calibration finds")
-    return jnp.array(q.input_scale)  # a copy: training may give buffers up
+    alike = path.rpartition("/")[0], np.asarray(q.input_scale).tobytes()
+    return alike, kind(jnp.array(q.input_scale))  # a copy: training may give buffers up
 
 
 def _summed(path: str, layer: QuantizableLayer) -> nnx_layers.SummedInput:

@@ -40,9 +40,11 @@ ROWS = {
     "w3a16-g128": ("rtn", "gptq", "best"),
     "w2a16-g64": ("rtn", "gptq", "best"),
     "w8a8": ("rtn", "smoothquant", "llm-int8"),
+    "w8a8-static": ("rtn", "smoothquant"),
     "w4a8": ("rtn", "gptq", "best"),
     "w4a4": ("rtn", "rotation", "rotation+gptq"),
     "fp8-dynamic": ("rtn",),
+    "fp8-static": ("rtn",),
     "nvfp4": ("rtn", "gptq"),
     "mxfp4": ("rtn", "gptq"),
 }
@@ -166,7 +168,8 @@ class Study:
         out, calibration = self.folder / "out", self.folder / "calibration.npy"
         start = time.perf_counter()
         if by == "qjax":
-            options = [] if method in ("rtn", "rotation") else ["--calib", calibration]
+            looks = method not in ("rtn", "rotation") or "-static" in scheme
+            options = ["--calib", calibration] if looks else []
             whole = method == "llm-int8" or (scheme == "w4a4" and method != "rtn")
             options += ["--format", "orbax"] if whole else []
             _qjax("quantize", self.source, out, "--scheme", scheme, "--method", method, *options)

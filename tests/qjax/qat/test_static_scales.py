@@ -99,6 +99,31 @@ def test_a_range_that_cuts_off_too_much_grows(scheme):
     np.testing.assert_allclose(result(x), training(x), atol=1e-4)
 
 
+class Gated(nnx.Module):
+    def __init__(self):
+        self.up, self.gate, self.down = (nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(3))
+
+    def __call__(self, x):
+        return self.down(self.up(x) * jnp.tanh(self.gate(x)))
+
+
+def test_layers_of_one_input_train_one_scale():
+    x = jax.random.normal(jax.random.key(1), (64, 8))
+    observed = qjax.calibrate(Gated(), [x], hessians=False)
+    start, _ = qjax.quantize_model(Gated(), "w8a8-static", observed)
+    model = qjax.trainable(start)
+    up, gate, down = (
+        layer.promote_dtype.input_scale for layer in (model.up, model.gate, model.down)
+    )
+    assert up is gate and up is not down
+    optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=LearnedScale)
+    loss = lambda model: jnp.mean((model(x) - x) ** 2)  # noqa: E731
+    optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, LearnedScale))(model))
+    result = qjax.quantized(model)
+    after = [layer.kernel[...].input_scale for layer in (result.up, result.gate, result.down)]
+    assert after[0] == after[1] != start.up.kernel[...].input_scale and after[2] != after[0]
+
+
 def test_ste_leaves_them_as_they_are():
     model, x = calibrated("w8a8-static")
     training = qjax.trainable(model, learned=False)

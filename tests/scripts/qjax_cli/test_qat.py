@@ -201,6 +201,8 @@ def test_static_scales_train_from_where_calibration_ended(qjax, source, tmp_path
     start, end = (nnx_layers.quantized_layers(load(path).model) for path in (begin, out))
     assert {q.scheme.name for q in end.values()} == {"w8a8-static"} and len(end) == 14
     assert all(q.input_scale != start[path].input_scale for path, q in end.items())
+    # Queries, keys and values; gate and up: what one product will have to multiply.
+    assert len({float(q.input_scale) for q in end.values()}) == 2 * 4
     report = json.loads((out / "qjax_report.json").read_text())
     told = {layer["path"]: layer["input_scale"] for layer in report["layers"] if layer["scheme"]}
     assert told == {path: float(q.input_scale) for path, q in end.items()}
