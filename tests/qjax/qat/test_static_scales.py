@@ -154,3 +154,11 @@ def test_plain_weights_have_not_been_calibrated():
     assert quantized_layers(uncalibrated)
     with pytest.raises(ValueError, match="^layers/0: w8a8-static has no input scale yet"):
         qjax.trainable(uncalibrated)
+
+
+@pytest.mark.one_version
+def test_the_page_runs(run_page):
+    names = run_page("static_scales.md")
+    assert names["q"].input_scale == jnp.abs(names["x"]).max() / 127 and names["loss"] > 0
+    assert names["slopes"].layers[0].promote_dtype.input_scale[...] != 0
+    assert names["again"].layers[0].kernel[...].input_scale == names["q"].input_scale
