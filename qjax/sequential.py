@@ -210,13 +210,10 @@ def _advance(
 def _compile_ahead(
     block: Block, x: Float[Array, "B T D"], assigned: Assignment, method: Method, run: Callable
 ) -> None:
-    """Compiles what a block takes, all at once: one by one it is the most part of a small model's time.
-
-    It is lowered here, in the context of the caller, and found again where it is called.
-    """
+    """Compiles what a block takes all at once, not one by one where it is called, which finds it then."""
     wanted = [path for path in _paths(block, assigned) if assigned.scheme(path) is not None]
     lowered = layer_quantization.programs(wanted, assigned, method)
-    if not lowered:
+    if not lowered:  # of other methods none takes long
         return
     graphdef, state = nnx.split(block.module)
     lower = functools.partial(_run.lower, graphdef, state, x, block.context, **run.keywords)
