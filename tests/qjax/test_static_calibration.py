@@ -13,6 +13,7 @@ from qjax.blockwise import Block, Blockwise, Channels, Fold
 from qjax.method import Method
 from qjax.nnx_layers import quantized_layers
 
+pytestmark = pytest.mark.one_version
 WIDTH, INNER = 16, 24
 
 
