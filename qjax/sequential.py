@@ -192,7 +192,11 @@ def _advance(
 
 
 def _compile_ahead(
-    block: Block, x: Float[Array, "B T D"], assigned: Assignment, method: Method, run: Callable
+    block: Block,
+    x: Float[Array, "B T D"],
+    assigned: Assignment,
+    method: Method,
+    run: functools.partial[Any],
 ) -> None:
     """Compiles what a block takes all at once, not one by one where it is called, which finds it then."""
     wanted = [path for path in _paths(block, assigned) if assigned.scheme(path) is not None]
