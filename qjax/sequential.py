@@ -128,13 +128,15 @@ def quantize_sequentially(
         for wanted in (hidden, unquantized) if method.learned else (hidden,):
             _enter(wanted, batches, blockwise, storage, modules)
     done: dict[str, LayerReport] = {}
+    compiled = False
     for block in blockwise.blocks:
         blank = copied(block.module)
         reports = storage.finished(block.path)
         if reports is None or len(unquantized):
             storage.load(block.path, block.module)
-        if len(hidden) and not done:
+        if reports is None and len(hidden) and not compiled:
             _compile_ahead(block, hidden[0], assigned, method, run)
+            compiled = True
         _advance(unquantized, block.module, block, run)
         if reports is None:
             reports = _quantize_block(block, hidden, unquantized, assigned, method, blockwise, run)
