@@ -224,8 +224,6 @@ def test_a_kill_at_any_moment_shows_in_no_byte(llama, tmp_path, method="gptq"):
 
 def peak_of_live_arrays(monkeypatch, run) -> int:
     """The most bytes of arrays alive whenever a part was brought or taken."""
-    gc.collect()
-    gc.freeze()  # what tests before left: to look through it each time would take minutes
     before, peak = live_bytes(), [0]
 
     def watched(method):
@@ -240,8 +238,11 @@ def peak_of_live_arrays(monkeypatch, run) -> int:
         for kind in (Storage, StreamedStorage):
             for name in ("load", "keep", "recall", "release"):
                 patch.setattr(kind, name, watched(getattr(kind, name)))
-        run()
-    gc.unfreeze()
+        gc.freeze()  # what tests before left: to look through it each time would take minutes
+        try:
+            run()
+        finally:
+            gc.unfreeze()
     return peak[0]
 
 
