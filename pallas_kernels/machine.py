@@ -286,6 +286,26 @@ class Machine(ABC):
         ...
 
     @abstractmethod
+    def quotient(self, a: Real, b: Real) -> Real:
+        """``a / b``."""
+        ...
+
+    @abstractmethod
+    def nearest_whole(self, a: Real) -> Real:
+        """The nearest whole number, of two the even one."""
+        ...
+
+    @abstractmethod
+    def clipped(self, a: Real, low: float, high: float) -> Real:
+        """What is nearest to it from low to high."""
+        ...
+
+    @abstractmethod
+    def from_lane(self, value: Real, lane: Word) -> Real:
+        """What another lane of the warp has, each thread of its own choice: ``shfl.idx`` of PTX."""
+        ...
+
+    @abstractmethod
     def as_word(self, value: Real) -> Word:
         """The bits of a float32."""
         ...

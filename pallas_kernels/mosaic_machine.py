@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
 from pallas_kernels import ptx
 from pallas_kernels.machine import Half, Machine, Operand, Pointer, Rows
+from pallas_kernels.mosaic_reals import MosaicReals
 
 # The upper half of descriptors: how rows are swizzled (128 bytes: 1; 64 bytes: 2), and sixteens of bytes
 # from eight rows to the next.
@@ -181,7 +182,7 @@ def _address(array: ir.Value) -> ir.Value:
     return llvm.ptrtoint(ptx.i64(), utils.memref_ptr(array))
 
 
-class MosaicMachine(Machine):
+class MosaicMachine(MosaicReals, Machine):
     """One block of threads; see :class:`pallas_kernels.machine.Machine`."""
 
     def __init__(self, context: Any, shared: ir.Value, grid: tuple[int, int]):
@@ -408,10 +409,6 @@ class MosaicMachine(Machine):
         """A constant."""
         return MosaicWord(_integer(value, ptx.i32()))
 
-    def real(self, value: float) -> ir.Value:
-        """A constant."""
-        return arith.constant(ptx.f32(), ir.FloatAttr.get(ptx.f32(), value))
-
     def minimum(self, a: MosaicWord, b: MosaicWord | int) -> MosaicWord:
         """The lesser."""
         return MosaicWord(arith.minui(a.value, _value(b)))
@@ -430,17 +427,10 @@ class MosaicMachine(Machine):
             scf.yield_([_raw(value) for value in new])
         return [_wrapped(value) for value in op.results]
 
-    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        """Rounded once."""
-        return ptx.pure(ptx.f32(), [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f")
-
-    def plus(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The sum."""
-        return arith.addf(a, b)
-
-    def times(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The product."""
-        return arith.mulf(a, b)
+    def from_lane(self, value: ir.Value, lane: MosaicWord) -> ir.Value:
+        """One instruction."""
+        text = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
+        return ptx.pure(ptx.f32(), [value, lane.value], text, "=f,f,r")
 
     def as_word(self, value: ir.Value) -> MosaicWord:
         """No instruction."""

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int64, UInt32
+from jaxtyping import Int64, UInt32
 
-from pallas_kernels import numpy_words
+from pallas_kernels import numpy_reals, numpy_words
 from pallas_kernels.machine import Half, Machine, Operand, Pointer, Rows
+from pallas_kernels.numpy_reals import NumpyReals
 from pallas_kernels.numpy_waiting import Arrival, Turns
 
 Words = numpy_words.Words
-Reals = Float32[np.ndarray, " _threads"]
+Reals = numpy_reals.Reals
 
 
 def run(
@@ -74,7 +75,7 @@ class NumpyPointer(Pointer):
         return NumpyPointer(self.array, self.index + far, self.machine)
 
 
-class NumpyMachine(Machine):
+class NumpyMachine(NumpyReals, Machine):
     """One block of threads; see :class:`pallas_kernels.machine.Machine`."""
 
     def __init__(self, *, threads: int, block: tuple[int, int], shared: int):
@@ -398,17 +399,11 @@ class NumpyMachine(Machine):
         finally:
             self.active = before
 
-    def fma(self, a: Reals, b: Reals, c: Reals) -> Reals:
-        """Rounded once."""
-        return (a.astype(np.float64) * b + c).astype(np.float32)
-
-    def plus(self, a: Reals, b: Reals) -> Reals:
-        """The sum."""
-        return a + b
-
-    def times(self, a: Reals, b: Reals) -> Reals:
-        """The product."""
-        return a * b
+    def from_lane(self, value: Reals, lane: Words) -> Reals:
+        """Gathers; refuses lanes that there are not, and threads that do not run."""
+        if np.any(lane >= 32) or not self.active.all():
+            raise IndexError(f"lane {lane.max()} of a warp of 32, of which {self.active.sum()} run")
+        return value[self.thread // 32 * 32 + lane - self.thread[0]]
 
     def as_word(self, value: Reals) -> Words:
         """The same bits."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile quantized products down to machine code for an H200, on a machine without a GPU.
+"""Compile kernels down to machine code for an H200, on a machine without a GPU.
 
 Needs JAX's CUDA plugin and NVIDIA's assembler and disassembler, none of which needs a GPU. Reads a JSON
 list of cases from standard input: fields of :class:`pallas_kernels.product.Product`; "kernel" and
-"config" as in `pallas_kernels/tuned.json` (else the tuned ones); "extra" (with bias and residual).
+"config" as in `pallas_kernels/tuned.json` (else the tuned ones); "extra" (with bias and residual). Or
+"kernel": "gptq_block" with "b", "n" and "bits", of :mod:`pallas_kernels.gptq_block`.
 Prints what the assembler and the disassembler say of each, after a line "=== case NUMBER".
 
 Example:
@@ -30,6 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.configs import config_for, config_of
+from pallas_kernels.gptq_block import at_their_turn
 from pallas_kernels.product import Product
 from pallas_kernels.quantized_matmul import quantized_matmul
 
@@ -127,17 +129,31 @@ def shapes(tree: Any, on: jax.sharding.Mesh | None = None, spec: Any = None) -> 
 
 def _compile(cases: Sequence[dict[str, Any]]) -> None:
     for number, case in enumerate(cases):
-        others = ("extra", "kernel", "config")
-        product = Product(**{key: value for key, value in case.items() if key not in others})
-        config = config_of(case) if "config" in case else config_for(product, "NVIDIA H200")
-        arrays, options = shapes(operands(product, extra=case.get("extra", False)))
-
-        multiply = functools.partial(
-            quantized_matmul, weights=product.weights, scale_dtype=product.scales, config=config,
-            out_dtype=product.out,
-        )  # fmt: skip
+        computed, arrays, options = (_block if case.get("kernel") == "gptq_block" else _multiplied)(
+            case
+        )
         print(f"=== case {number}", flush=True)
-        jax.jit(multiply).lower(*arrays, **options).compile()
+        jax.jit(computed).lower(*arrays, **options).compile()
+
+
+def _block(case: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The rounding of a block of GPTQ, and shapes of what it takes."""
+    b, n, high = case["b"], case["n"], 2.0 ** (case["bits"] - 1) - 1
+    block = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((b, n), (b, b), (b, n), (b, n))]
+    return functools.partial(at_their_turn, low=-1 - high, high=high), shapes(block), {}
+
+
+def _multiplied(case: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+    """A product, and shapes of what it takes."""
+    others = ("extra", "kernel", "config")
+    product = Product(**{key: value for key, value in case.items() if key not in others})
+    config = config_of(case) if "config" in case else config_for(product, "NVIDIA H200")
+    arrays, options = shapes(operands(product, extra=case.get("extra", False)))
+    multiply = functools.partial(
+        quantized_matmul, weights=product.weights, scale_dtype=product.scales, config=config,
+        out_dtype=product.out,
+    )  # fmt: skip
+    return multiply, arrays, options
 
 
 def operands(product: Product, *, extra: bool) -> tuple[list[Any], dict[str, Any]]:

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from qjax import formats, ranges, tiles
+from qjax import formats, kernel_rounding, ranges, tiles
 from qjax.algorithms import round_nearest
 from qjax.formats import Format
 from qjax.qtensor import QTensor
@@ -224,7 +224,7 @@ def quantize(
         raise ValueError(f"{name}: NaN or an infinity among the weights; numbers are needed")
     if not bool(jnp.isfinite(factor.damping)):
         raise ValueError(f"{name}: the Hessian of its inputs is not finite; are the activations?")
-    return _quantize(w, parsed, factor, axes, tile, search, options)
+    return _quantize(w, parsed, factor, axes, tile, search, options, kernel_rounding.is_there(w))
 
 
 def programs(
@@ -257,7 +257,7 @@ def programs(
     k = math.prod(w.shape[i] for i in axes)
     hessian, size = jax.ShapeDtypeStruct((k, k), jnp.float32), scheme.weights.group_size
     known = jax.eval_shape(functools.partial(factor, options=options, group_size=size), hessian)
-    statics = scheme, known, axes, tile, search, options
+    statics = scheme, known, axes, tile, search, options, kernel_rounding.is_there(w)
     return [
         factor.lower(hessian, options, size),
         _quantize.lower(w, *statics),
@@ -266,7 +266,7 @@ def programs(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scheme", "axes", "tile", "search", "options"),
+    static_argnames=("scheme", "axes", "tile", "search", "options", "kernel"),
     # Left to itself XLA tries a hundred kernels for the one product here, half a minute for each shape of
     # weight, and the fastest is not the same in every process.
     compiler_options={"xla_gpu_enable_triton_gemm": False},
@@ -279,14 +279,15 @@ def _quantize(
     tile: tuple[int, ...],
     search: RangeSearch,
     options: Options,
+    kernel: bool,
 ) -> QTensor:
     weights = scheme.weights
     rows = as_inputs(w, axes).astype(jnp.float32)
     if options.exact_peer:
         rows = jnp.where(factor.dead[:, None], 0.0, rows)
-    nearest = functools.partial(
-        _nearest, fmt=weights.format, dtype=w.dtype if options.exact_peer else jnp.float32
-    )
+    dtype = jnp.dtype(w.dtype if options.exact_peer else jnp.float32)
+    # The kernel does not round what codes stand for.
+    nearest = Nearest(fmt=weights.format, dtype=dtype, kernel=kernel and dtype == jnp.float32)
     if options.grids == "original":
         grid = ranges.find_grid(w, weights, tile, search, factor.hessian)
         step, zero = (leaf[factor.order] for leaf in _steps(grid, w.shape, tile, axes))
@@ -333,17 +334,30 @@ def _steps(
     return Steps(*(as_inputs(jnp.broadcast_to(leaf, shape), axes) for leaf in spread))
 
 
-def _nearest(
-    weights: Float[Array, "*shape"],
-    step: Float[Array, "*shape"],
-    zero: Float[Array, "*shape"],
-    fmt: Format,
-    dtype: Any,
-) -> tuple[Shaped[Array, "*shape"], Float[Array, "*shape"]]:
-    """The codes of weights, and what they stand for, rounded to a dtype."""
-    codes = formats.encode(weights / step + zero, fmt)
-    near = (formats.decode(codes, fmt) - zero) * step
-    return codes, near.astype(dtype).astype(jnp.float32)
+@dataclass(frozen=True, kw_only=True)
+class Nearest:
+    """How a weight is rounded.
+
+    Attributes:
+      fmt: of the codes.
+      dtype: that what they stand for is rounded to.
+      kernel: whether the kernel is there for blocks that it takes.
+    """
+
+    fmt: Format
+    dtype: Any
+    kernel: bool = False
+
+    def __call__(
+        self,
+        weights: Float[Array, "*shape"],
+        step: Float[Array, "*shape"],
+        zero: Float[Array, "*shape"],
+    ) -> tuple[Shaped[Array, "*shape"], Float[Array, "*shape"]]:
+        """The codes of weights, and what they stand for."""
+        codes = formats.encode(weights / step + zero, self.fmt)
+        near = (formats.decode(codes, self.fmt) - zero) * step
+        return codes, near.astype(self.dtype).astype(jnp.float32)
 
 
 def _rounded(
@@ -351,7 +365,7 @@ def _rounded(
     upper: Float[Array, "k k"],
     block: int,
     steps_of: Callable[..., Any],
-    nearest: Callable[..., Any],
+    nearest: Nearest,
 ) -> tuple[Shaped[Array, "k n"], Any]:
     """Algorithm 1 of the paper: block by block, and in a block input by input.
 
@@ -361,7 +375,7 @@ def _rounded(
       block: inputs of a block.
       steps_of: from the first input of a block and its weights by then to their steps, and to what else
         is wanted of the block.
-      nearest: from the weights of an input and their steps to codes and the values of those.
+      nearest: how each is rounded.
 
     Returns:
       The codes in the same order, and what else was wanted of each block.
@@ -394,13 +408,18 @@ def _one_block(
     rows: Float[Array, "b n"],
     upper: Float[Array, "b b"],
     steps: Steps,
-    nearest: Callable[..., Any],
+    nearest: Nearest,
 ) -> tuple[Shaped[Array, "b n"], Float[Array, "b n"]]:
     """The codes of a block's inputs, and the errors that later inputs are to make up for.
 
-    As a block is to the whole, a strip of few inputs is to a block: on a GPU, which takes longer to
-    launch a program than to run it here, several inputs become one.
+    Where a kernel does it, that is one launch. Else, as a block is to the whole, a strip of few inputs is
+    to a block: on a GPU, which takes longer to launch a program than to run it here, several inputs
+    become one.
     """
+    if nearest.kernel and kernel_rounding.why_not(nearest.fmt, len(rows)) is None:
+        seen = kernel_rounding.at_their_turn(rows, upper, steps.step, steps.zero, nearest.fmt)
+        codes, near = nearest(seen, steps.step, steps.zero)
+        return codes, (seen - near) / jnp.diagonal(upper)[:, None]
     strip = math.gcd(len(rows), _STRIPS.get(jax.default_backend(), 1))
 
     def one_strip(i: Int[Array, ""], state):
@@ -429,7 +448,7 @@ def _one_strip(
     rows: Float[Array, "s n"],
     upper: Float[Array, "s s"],
     steps: Steps,
-    nearest: Callable[..., Any],
+    nearest: Nearest,
 ) -> tuple[Shaped[Array, "s n"], Float[Array, "s n"]]:
     """Likewise, of a strip, input by input."""
     all_codes, errors = [], []

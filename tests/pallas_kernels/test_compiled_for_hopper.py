@@ -145,6 +145,15 @@ def test_no_spill_and_tensor_cores(cases):
         assert ("LDG.E.NA.LTC128B.128" if few else "UBLKCP") in report, one
 
 
+def test_a_block_of_gptq_stays_in_registers():
+    cases = [
+        {"kernel": "gptq_block", "b": b, "n": n, "bits": 4} for b, n in ((128, 4096), (32, 100))
+    ]
+    for report in compile_for_hopper.reports(cases):
+        assert compile_for_hopper.is_clean(report) and "SHFL.IDX" in report
+        assert "LDL" not in report and "STL" not in report
+
+
 @pytest.mark.parametrize("m", [1, 64])
 @pytest.mark.parametrize(
     "name", ["w4a16-g128", "w4a16-g64-asym", "w8a8", "fp8-block", "w4afp8-g128"]
