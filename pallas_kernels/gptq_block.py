@@ -10,11 +10,14 @@ What comes back is ``w``: of each input what its weights had become when it was 
 errors follow from that element by element, for XLA to do.
 
 Columns do not meet. Four lanes share one: of each 16 inputs lane ``p`` keeps those from ``4 p`` on in its
-registers, four neighbours, whose factors are one load. Memory is read and written once; ``b`` steps
-follow one another, each of a shuffle, a division and a few operations, and take most of the time:
+registers, four neighbours, whose factors are one load. A round of 16 inputs is the body of a loop, after
+which what is kept moves up by one: unrolled over all inputs, which leaves out half of the products, the
+program takes two seconds to compile, and each solver has it several times. Memory is read and written
+once; ``b`` steps follow one another, each of a shuffle, a division and a few operations, and take most of
+the time:
 
     bytes    4 b n for each of w, step, zero and the result, and 4 b b factors, from the cache
-    time     b steps of about 120 clocks: 8 us of 128 inputs at 1.98 GHz, whatever n is below 16,896
+    time     b steps of some 150 clocks: 10 us of 128 inputs at 1.98 GHz, whatever n is below 16,896
 
 Left to XLA the loop launches a program for each few inputs, some microseconds each.
 """
@@ -27,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic_machine, numpy_machine
-from pallas_kernels.machine import Machine, Real
+from pallas_kernels.machine import Machine, Real, Word
 
 THREADS = 128
 _LANES, _NEIGHBOURS = 4, 4  # that share a column; inputs that a lane keeps together
@@ -90,6 +93,7 @@ def at_their_turn(
         raise ValueError(reason)
     # What a weight's remainder, not yet divided, takes from the later ones: one division less in a step.
     factors = -jnp.triu(upper, 1) / jnp.diagonal(upper)[:, None]
+    factors = jnp.pad(factors, ((0, 1), (0, 0)))  # what the last rows look for beyond their ends
     operands = [rows, factors, step, zero]
     program = functools.partial(_program, n=n, b=b, low=low, high=high)
     sizes = {"grid": (-(-n * _LANES // THREADS), 1), "threads": THREADS, "shared": 4}
@@ -110,22 +114,28 @@ def _program(
     column = m.minimum(column, n - 1)
     part, quad = m.thread % _LANES, m.thread % 32 // _LANES * _LANES
     begin = m.pointer(rows, column).advanced(part, _NEIGHBOURS * n)
-    own = [[_real(m, begin, (j + e) * n) for e in range(_NEIGHBOURS)] for j in range(0, b, _TURN)]
+    own = [_real(m, begin, (j + e) * n) for j in range(0, b, _TURN) for e in range(_NEIGHBOURS)]
     taken = m.pointer(factors, part * _NEIGHBOURS)
     steps, zeros = m.pointer(step, column), m.pointer(zero, column)
-    for i in range(b):
-        turn, (lane, e) = i // _TURN, divmod(i % _TURN, _NEIGHBOURS)
-        w = m.from_lane(own[turn][e], quad + lane)
-        left = _left(m, w, _real(m, steps, i * n), _real(m, zeros, i * n), low, high)
-        for later in range((i + 1) // _TURN, b // _TURN):
-            four = taken.load(i * b + later * _TURN, _NEIGHBOURS)
-            own[later] = [
-                m.fma(m.as_real(f), left, o) for f, o in zip(four, own[later], strict=True)
-            ]
-    for j, values in enumerate(own):
-        for e, value in enumerate(values):
-            place = (part * _NEIGHBOURS + (j * _TURN + e)) * n + column
-            m.store(out, place, value, inside)
+
+    def turn(i: Word, own: list[Real]) -> list[Real]:
+        factors = taken.advanced(i, _TURN * (b + 1))
+        grid = [pointer.advanced(i, _TURN * n) for pointer in (steps, zeros)]
+        for place in range(_TURN):
+            lane, e = divmod(place, _NEIGHBOURS)
+            w = m.from_lane(own[e], quad + lane)
+            left = _left(m, w, *(_real(m, pointer, place * n) for pointer in grid), low, high)
+            # Beyond the last input these are the next row's, of inputs before its own: zeros.
+            for j in range(0, b // _LANES, _NEIGHBOURS):
+                four = factors.load(place * b + j * _LANES, _NEIGHBOURS)
+                for e, factor in enumerate(four, start=j):
+                    own[e] = m.fma(m.as_real(factor), left, own[e])
+        for e in range(_NEIGHBOURS):
+            row = i * _TURN + part * _NEIGHBOURS + e
+            m.store(out, row * n + column, own[e], inside)
+        return own[_NEIGHBOURS:] + [m.real(0.0)] * _NEIGHBOURS
+
+    m.loop(m.word(b // _TURN), own, turn)
 
 
 def _left(m: Machine, w: Real, step: Real, zero: Real, low: float, high: float) -> Real:

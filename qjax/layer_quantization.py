@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer of a model: its weight to a QTensor, by the method asked for, and what is reported of it."""
 
+import functools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from qjax import activations, low_rank, nnx_layers, qtensor, statistics
+from qjax import activations, compilation, low_rank, nnx_layers, qtensor, statistics
 from qjax.algorithms import gptq, llm_int8, round_nearest
 from qjax.assignment import Assignment
 from qjax.method import Method
@@ -135,7 +137,9 @@ def programs(
         lowered, q = gptq.programs(
             w, scheme, axis=axis, search=method.search, options=options, name=path
         )
-        found[alike] = [*lowered, _compared.lower(w, q)]
+        inputs = math.prod(w.shape[i] for i in axis)
+        hessian = jax.ShapeDtypeStruct((inputs, inputs), jnp.float32)
+        found[alike] = [*lowered, _compared.lower(w, q, hessian)]
     return [program for some in found.values() for program in some]
 
 
@@ -262,20 +266,20 @@ def _left_alone(path: str, layer: QuantizableLayer, reason: str) -> LayerReport:
 
 def compared(w: Float[Array, "..."], q: QTensor, inputs: Inputs | None) -> tuple[float, int]:
     """What :class:`qjax.report.LayerReport` calls the relative output error, and infinite weights."""
-    error, saturated = _compared(w, q)
-    if inputs is not None and inputs.statistics.hessian is not None:
-        near = qtensor.dequantize(q, jnp.float32)
-        error = statistics.relative_output_error(
-            gptq.as_inputs(w, q.axis), gptq.as_inputs(near, q.axis), inputs.statistics.hessian
-        )
+    error, saturated = _compared(w, q, None if inputs is None else inputs.statistics.hessian)
     return float(error), int(saturated)
 
 
-@jax.jit
-def _compared(w: Float[Array, "..."], q: QTensor) -> tuple[Float[Array, ""], Integer[Array, ""]]:
-    """The relative error of the finite weights, and how many are infinite."""
+@functools.partial(jax.jit, compiler_options=compilation.WITHOUT_TRIALS)
+def _compared(
+    w: Float[Array, "..."], q: QTensor, hessian: Float[Array, "k k"] | None
+) -> tuple[Float[Array, ""], Integer[Array, ""]]:
+    """The relative error of the outputs, or without a Hessian of the finite weights; infinite ones."""
     near = qtensor.dequantize(q, jnp.float32)
     known = jnp.isfinite(w)
+    if hessian is not None:
+        rows = (gptq.as_inputs(leaf, q.axis) for leaf in (w, near))
+        return statistics.relative_output_error(*rows, hessian), jnp.sum(~known)
     w = jnp.where(known, w.astype(jnp.float32), near)  # an infinity has no relative error
     wrong = jnp.linalg.norm(near - w)
     error = wrong / jnp.maximum(jnp.linalg.norm(w), jnp.finfo(jnp.float32).tiny)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax import (
     assignment,
+    compilation,
     experts,
     folding,
     layer_quantization,
@@ -257,7 +258,9 @@ def _observed(
 
 # The output is left out of the program where nobody takes it: what only it needs is not computed.
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "apply", "compute_dtype", "wanted", "hessians", "experts")
+    jax.jit,
+    static_argnames=("graphdef", "apply", "compute_dtype", "wanted", "hessians", "experts"),
+    compiler_options=compilation.WITHOUT_TRIALS,
 )
 def _run(
     graphdef: Any,

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from qjax import formats, kernel_rounding, ranges, tiles
+from qjax import compilation, formats, kernel_rounding, ranges, tiles
 from qjax.algorithms import round_nearest
 from qjax.formats import Format
 from qjax.qtensor import QTensor
@@ -47,6 +47,9 @@ from qjax.ranges import Grid, RangeSearch
 from qjax.scheme import Scheme
 
 BLOCK = 128
+# One loop runs over the blocks of a part: each multiplies with what is left of the part and with what is
+# done of it, which is a waste that parts of their own size do not have, at the price of compiling each.
+_MOST_PARTS, _LEAST_BLOCKS = 4, 8
 # Inputs of a block that are one program, by platform; elsewhere each is by itself, which compiles faster.
 _STRIPS = {"gpu": 8}
 _MOST_DAMPING = 1e4  # a multiple of the identity by then: plain rounding, of a Hessian of garbage
@@ -220,7 +223,7 @@ def quantize(
             f"{name}: grids of updated weights need scales of groups or channels that stand for "
             f"themselves; {parsed.name} has others"
         )
-    if not bool(jnp.isfinite(w).all()):
+    if not bool(_all_finite(w)):
         raise ValueError(f"{name}: NaN or an infinity among the weights; numbers are needed")
     if not bool(jnp.isfinite(factor.damping)):
         raise ValueError(f"{name}: the Hessian of its inputs is not finite; are the activations?")
@@ -259,17 +262,21 @@ def programs(
     known = jax.eval_shape(functools.partial(factor, options=options, group_size=size), hessian)
     statics = scheme, known, axes, tile, search, options, kernel_rounding.is_there(w)
     return [
+        _all_finite.lower(w),
         factor.lower(hessian, options, size),
         _quantize.lower(w, *statics),
     ], _quantize.eval_shape(w, *statics)
 
 
+@jax.jit
+def _all_finite(w: Float[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.isfinite(w).all()
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("scheme", "axes", "tile", "search", "options", "kernel"),
-    # Left to itself XLA tries a hundred kernels for the one product here, half a minute for each shape of
-    # weight, and the fastest is not the same in every process.
-    compiler_options={"xla_gpu_enable_triton_gemm": False},
+    compiler_options=compilation.WITHOUT_TRIALS,
 )
 def _quantize(
     w: Float[Array, "..."],
@@ -369,6 +376,9 @@ def _rounded(
 ) -> tuple[Shaped[Array, "k n"], Any]:
     """Algorithm 1 of the paper: block by block, and in a block input by input.
 
+    The errors of a block reach the rest of its part at once, and the parts after it together with those
+    of the part's other blocks.
+
     Args:
       rows: the weights, an input a row, in the order in which they are taken.
       upper: of the inverse Hessian, in that order.
@@ -380,23 +390,62 @@ def _rounded(
     Returns:
       The codes in the same order, and what else was wanted of each block.
     """
-    k, n = rows.shape
+    k = len(rows)
     # Inputs of nothing fill the last block up: they have no error, and none reaches them.
     rows = _filled(rows, block, 0.0)
     upper = _filled(_filled(upper, block, 0.0).T, block, 0.0).T
     upper = upper + jnp.diag((jnp.arange(len(rows)) >= k).astype(jnp.float32))
+    done = []
+    for begin, end in _parts(len(rows), block):
+        part, rows = rows[: end - begin], rows[end - begin :]
+        reach = upper[begin:end]
+        codes, errors, wanted = _one_part(
+            part, reach[:, begin:end], begin, block, steps_of, nearest
+        )
+        rows = rows - jnp.matmul(reach[:, end:].T, errors, precision="highest")
+        done.append((codes, wanted))
+    codes, wanted = jax.tree.map(lambda *parts: jnp.concatenate(parts), *done)
+    return codes[:k], wanted
 
-    def one_block(rows: Float[Array, "k n"], start: Int[Array, ""]):
+
+def _parts(k: int, block: int) -> list[tuple[int, int]]:
+    """Where each of a few parts of the inputs begins and ends, whole blocks both."""
+    blocks = k // block
+    size = block * max(_LEAST_BLOCKS, math.ceil(blocks / _MOST_PARTS))
+    return [(begin, min(begin + size, k)) for begin in range(0, k, size)]
+
+
+def _one_part(
+    rows: Float[Array, "p n"],
+    upper: Float[Array, "p p"],
+    begin: int,
+    block: int,
+    steps_of: Callable[..., Any],
+    nearest: Nearest,
+) -> tuple[Shaped[Array, "p n"], Float[Array, "p n"], Any]:
+    """The codes of a part's inputs, the errors that later parts are to make up for, what else was wanted.
+
+    Args:
+      rows: the part's inputs by now.
+      upper: from them to them.
+      begin: the first of them.
+      block: as of :func:`_rounded`, with the next two.
+      steps_of: likewise.
+      nearest: likewise.
+    """
+
+    def one_block(rows: Float[Array, "p n"], start: Int[Array, ""]):
         current = lax.dynamic_slice_in_dim(rows, start, block)
         reach = lax.dynamic_slice_in_dim(upper, start, block)
         corner = lax.dynamic_slice_in_dim(reach, start, block, axis=1)
-        steps, wanted = steps_of(start, current)
+        steps, wanted = steps_of(begin + start, current)
         codes, errors = _one_block(current, corner, steps, nearest)
         later = jnp.where(jnp.arange(len(rows)) >= start + block, reach, 0.0)
-        return rows - jnp.matmul(later.T, errors, precision="highest"), (codes, wanted)
+        rows = rows - jnp.matmul(later.T, errors, precision="highest")
+        return rows, (codes, errors, wanted)
 
-    _, (codes, wanted) = lax.scan(one_block, rows, jnp.arange(0, len(rows), block))
-    return codes.reshape(-1, n)[:k], wanted
+    _, (codes, errors, wanted) = lax.scan(one_block, rows, jnp.arange(0, len(rows), block))
+    return codes.reshape(rows.shape), errors.reshape(rows.shape), wanted
 
 
 def _filled(rows: Float[Array, "k n"], block: int, value: float) -> Float[Array, "padded n"]:

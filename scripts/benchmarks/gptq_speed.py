@@ -6,7 +6,8 @@
 
 ``solver``: a Hessian's factor and the codes of one weight, w4a16-g128 with act-order, for the shapes of
 an 8-billion Llama. ``model``: `qjax.quantize_sequentially` of such a Llama in bfloat16, from weights and
-tokens that lie in memory to the last QTensor; how much of it was compilation, and where the rest went.
+tokens that lie in memory to the last QTensor; seconds in which something was traced or compiled, those of
+each program (several at once in threads beside the first one), and where the rest went.
 Prints one JSON object a line, as it is measured.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import datetime
 import json
 import statistics
+import threading
 import time
 from collections import defaultdict
 from typing import Any
@@ -91,10 +93,16 @@ def model(args: argparse.Namespace) -> dict[str, Any]:
     jax.block_until_ready(nnx.state(decoder))
     shape = args.samples, args.length
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
-    compiled: dict[str, float] = defaultdict(float)
+    spans: list[tuple[float, float]] = []
+    programs: dict[str, float] = defaultdict(float)
 
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        compiled[event] += duration_secs
+    def listen(event: str, duration_secs: float, **of: str | int) -> None:
+        if not event.startswith(_COMPILED):
+            return
+        spans.append((time.perf_counter() - duration_secs, time.perf_counter()))
+        thread = "here" if threading.current_thread() is threading.main_thread() else "beside"
+        if event.endswith("backend_compile_duration"):
+            programs[f"{of.get('fun_name')} {thread}"] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     start = time.perf_counter()
@@ -113,12 +121,21 @@ def model(args: argparse.Namespace) -> dict[str, Any]:
     solving: dict[str, float] = defaultdict(float)
     for layer in report.quantized:
         solving[layer.path.rpartition("/")[2]] += layer.seconds
-    of_compilation = {k.removeprefix(_COMPILED): v for k, v in compiled.items() if _COMPILED in k}
     return {
         "layers": args.layers, "tokens": list(shape), "seconds": round(total, 1),
-        "compilation": {name: round(s, 1) for name, s in of_compilation.items()},
+        "compiling": round(_covered(spans), 1),
+        "programs": {name: round(s, 1) for name, s in programs.items() if s >= 0.5},
         "solving": {name: round(s, 1) for name, s in solving.items()},
     }  # fmt: skip
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds within one span or several; those of threads lie beside each other."""
+    covered, reached = 0.0, 0.0
+    for start, end in sorted(spans):
+        covered += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return covered
 
 
 if __name__ == "__main__":

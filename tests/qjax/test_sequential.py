@@ -225,7 +225,7 @@ def test_programs_are_compiled_beside_each_other(model, tokens, scheme):
         qjax.quantize_sequentially(model, chain, tokens, scheme, method="gptq")
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
-    for name in ("factor", "_quantize", "_compared", "_run"):
+    for name in ("_all_finite", "factor", "_quantize", "_compared", "_run"):
         programs = [mine for mine, program in compiled if program == f"jit({name})"]
         # What quantized activations make of the block is another program, which waits for its QTensors.
         assert programs and sum(programs) == (name == "_run" and scheme != "w4a16-g8"), name

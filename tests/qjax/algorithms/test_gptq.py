@@ -108,6 +108,20 @@ def test_blocks_and_strips_do_not_show(k, strip, codes_of, monkeypatch):
     assert_same(codes_of(q), paper_loop(w, x.T @ x, scheme, options))
 
 
+@pytest.mark.parametrize(("order", "grids"), ORDERS)
+@pytest.mark.parametrize(("k", "parts"), [(16, 1), (48, 3), (136, 4)])
+def test_parts_of_blocks_do_not_show(k, parts, order, grids, codes_of, monkeypatch):
+    jax.clear_caches()  # of other parts
+    monkeypatch.setattr(gptq, "BLOCK", 8)
+    monkeypatch.setattr(gptq, "_LEAST_BLOCKS", 2)
+    assert len(gptq._parts(k, 8)) == parts
+    x, w = inputs(k, 800), np.random.default_rng(4).standard_normal((k, 12)).astype(np.float32)
+    scheme, options = Scheme.parse("w4a16-g8-asym"), gptq.Options(order=order, grids=grids)
+    factor = gptq.factor(jnp.asarray(x.T @ x), options, 8)
+    q = gptq.quantize(jnp.asarray(w), scheme, factor, options=options)
+    assert_same(codes_of(q), paper_loop(w, x.T @ x, scheme, options))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not device.is_hopper(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("scheme", ["w4a16-g128", "w3a16-g32-asym", "w8a16-channel"])
