@@ -50,6 +50,25 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
 _MAPS, _MANY_MAPS = Path("/proc/self/maps"), 20_000
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A fraction of the time, for another version of Python and JAX."""
+    parser.addoption(
+        "--one-of-each", action="store_true", help="of each test its first parameters alone"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the first item of each test function, if so asked."""
+    if not config.getoption("--one-of-each"):
+        return
+    first: dict[str, pytest.Item] = {}
+    for item in items:
+        first.setdefault(item.nodeid.partition("[")[0], item)
+    kept = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forgotten_programs():
     """Lets the programs of earlier modules go before there are too many."""

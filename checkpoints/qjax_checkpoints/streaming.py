@@ -195,6 +195,7 @@ def identify(
     tokens: Int[np.ndarray, "n length"],
     *,
     experts: ExpertTokens = "routed",
+    true_sequential: bool = False,
 ) -> dict[str, str]:
     """Returns in words all that decides the bytes of an output, each under what it is called.
 
@@ -204,6 +205,7 @@ def identify(
         method: how weights are rounded.
         tokens: what is calibrated on, and measured for a choice.
         experts: which tokens an expert is calibrated with.
+        true_sequential: whether layers of a block see those before them quantized.
     """
     if isinstance(recipe, Recipe):
         rules = [[rule.pattern, rule.scheme.name if rule.scheme else None] for rule in recipe.rules]
@@ -216,6 +218,7 @@ def identify(
         "exact method": repr(method),
         "calibration": f"{windows} windows of {length} tokens ({_hash(tokens.tobytes())})",
         "tokens of experts": experts,
+        "true-sequential": str(true_sequential),
         "qjax": qjax.__version__,
         "jax": jax.__version__,
         "device": f"{jax.default_backend()} ({jax.devices()[0].device_kind})",

@@ -14,7 +14,8 @@ H               ``hessian``, ``[k, k]``, as calibration sums it: without the fac
 H^-1            never formed; ``upper`` is its Cholesky factor, ``H^-1 = upper^T upper``
 quant(w)        the nearest value of the input's tile, ``(codes - zero) * scale``
 E               ``errors``, ``(w - quant(w)) / upper_ii``
-B               ``BLOCK`` inputs, after which the errors reach the rest in one product
+B               ``BLOCK`` inputs, after which the errors reach the rest in one product: the loop is
+                :mod:`qjax.algorithms.compensated_rounding`
 lambda          ``damping``, a share of the mean of H's diagonal, which is added to all of it
 act-order       ``Order``: inputs of large ``H_ii`` first
 ==============  ==============================================================================
@@ -30,28 +31,21 @@ References:
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from qjax import compilation, formats, kernel_rounding, ranges, tiles
+from qjax import compilation, kernel_rounding, ranges, tiles
 from qjax.algorithms import round_nearest
-from qjax.formats import Format
+from qjax.algorithms.compensated_rounding import BLOCK, Nearest, Steps, filled, rounded
 from qjax.qtensor import QTensor
 from qjax.ranges import Grid, RangeSearch
 from qjax.scheme import Scheme
 
-BLOCK = 128
-# One loop runs over the blocks of a part: each multiplies with what is left of the part and with what is
-# done of it, which is a waste that parts of their own size do not have, at the price of compiling each.
-_MOST_PARTS, _LEAST_BLOCKS = 4, 8
-# Inputs of a block that are one program, by platform; elsewhere each is by itself, which compiles faster.
-_STRIPS = {"gpu": 8}
 _MOST_DAMPING = 1e4  # a multiple of the identity by then: plain rounding, of a Hessian of garbage
 
 Order = Literal["as-is", "by-activity", "by-group"]
@@ -227,7 +221,8 @@ def quantize(
         raise ValueError(f"{name}: NaN or an infinity among the weights; numbers are needed")
     if not bool(jnp.isfinite(factor.damping)):
         raise ValueError(f"{name}: the Hessian of its inputs is not finite; are the activations?")
-    return _quantize(w, parsed, factor, axes, tile, search, options, kernel_rounding.is_there(w))
+    kernel = kernel_rounding.is_there(w)
+    return _quantize(w, parsed, factor, axes, tile, search, options, kernel=kernel)
 
 
 def programs(
@@ -260,12 +255,13 @@ def programs(
     k = math.prod(w.shape[i] for i in axes)
     hessian, size = jax.ShapeDtypeStruct((k, k), jnp.float32), scheme.weights.group_size
     known = jax.eval_shape(functools.partial(factor, options=options, group_size=size), hessian)
-    statics = scheme, known, axes, tile, search, options, kernel_rounding.is_there(w)
+    given = scheme, known, axes, tile, search, options
+    kernel = kernel_rounding.is_there(w)
     return [
         _all_finite.lower(w),
         factor.lower(hessian, options, size),
-        _quantize.lower(w, *statics),
-    ], _quantize.eval_shape(w, *statics)
+        _quantize.lower(w, *given, kernel=kernel),
+    ], _quantize.eval_shape(w, *given, kernel=kernel)
 
 
 @jax.jit
@@ -286,6 +282,7 @@ def _quantize(
     tile: tuple[int, ...],
     search: RangeSearch,
     options: Options,
+    *,
     kernel: bool,
 ) -> QTensor:
     weights = scheme.weights
@@ -298,14 +295,14 @@ def _quantize(
     if options.grids == "original":
         grid = ranges.find_grid(w, weights, tile, search, factor.hessian)
         step, zero = (leaf[factor.order] for leaf in _steps(grid, w.shape, tile, axes))
-        steps = Steps(_filled(step, BLOCK, 1.0), _filled(zero, BLOCK, 0.0))
+        steps = Steps(filled(step, BLOCK, 1.0), filled(zero, BLOCK, 0.0))
 
         def fixed(start: Int[Array, ""], rows: Float[Array, "b n"]) -> tuple[Steps, None]:
             return Steps(
                 *(lax.dynamic_slice_in_dim(leaf, start, len(rows)) for leaf in steps)
             ), None
 
-        codes, _ = _rounded(rows[factor.order], factor.upper, BLOCK, fixed, nearest)
+        codes, _ = rounded(rows[factor.order], factor.upper, BLOCK, fixed, nearest)
     else:
         size = weights.group_size or len(rows)
 
@@ -315,7 +312,7 @@ def _quantize(
             grid = ranges.find_grid(rows.astype(w.dtype), weights, (size, 1), search, hessian)
             return _steps(grid, rows.shape, (size, 1), (-2,)), grid
 
-        codes, grids = _rounded(rows[factor.order], factor.upper, size, updated, nearest)
+        codes, grids = rounded(rows[factor.order], factor.upper, size, updated, nearest)
         counts, place = tiles.counts(w.shape, tile), jnp.argsort(factor.order[::size])
         grid = jax.tree.map(lambda leaf: from_inputs(leaf[place, 0], counts, axes), grids)
     codes = codes[jnp.argsort(factor.order)]
@@ -325,13 +322,6 @@ def _quantize(
     )  # fmt: skip
 
 
-class Steps(NamedTuple):
-    """What each weight is rounded on, float32: ``(codes - zero) * step``."""
-
-    step: Float[Array, "b n"]
-    zero: Float[Array, "b n"]
-
-
 def _steps(
     grid: Grid, shape: tuple[int, ...], tile: tuple[int, ...], axes: tuple[int, ...]
 ) -> Steps:
@@ -339,175 +329,6 @@ def _steps(
     zero = jnp.zeros_like(grid.step) if grid.zero is None else grid.zero.astype(jnp.float32)
     spread = (tiles.spread(leaf, tile, shape) for leaf in (grid.step, zero))
     return Steps(*(as_inputs(jnp.broadcast_to(leaf, shape), axes) for leaf in spread))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nearest:
-    """How a weight is rounded.
-
-    Attributes:
-      fmt: of the codes.
-      dtype: that what they stand for is rounded to.
-      kernel: whether the kernel is there for blocks that it takes.
-    """
-
-    fmt: Format
-    dtype: Any
-    kernel: bool = False
-
-    def __call__(
-        self,
-        weights: Float[Array, "*shape"],
-        step: Float[Array, "*shape"],
-        zero: Float[Array, "*shape"],
-    ) -> tuple[Shaped[Array, "*shape"], Float[Array, "*shape"]]:
-        """The codes of weights, and what they stand for."""
-        codes = formats.encode(weights / step + zero, self.fmt)
-        near = (formats.decode(codes, self.fmt) - zero) * step
-        return codes, near.astype(self.dtype).astype(jnp.float32)
-
-
-def _rounded(
-    rows: Float[Array, "k n"],
-    upper: Float[Array, "k k"],
-    block: int,
-    steps_of: Callable[..., Any],
-    nearest: Nearest,
-) -> tuple[Shaped[Array, "k n"], Any]:
-    """Algorithm 1 of the paper: block by block, and in a block input by input.
-
-    The errors of a block reach the rest of its part at once, and the parts after it together with those
-    of the part's other blocks.
-
-    Args:
-      rows: the weights, an input a row, in the order in which they are taken.
-      upper: of the inverse Hessian, in that order.
-      block: inputs of a block.
-      steps_of: from the first input of a block and its weights by then to their steps, and to what else
-        is wanted of the block.
-      nearest: how each is rounded.
-
-    Returns:
-      The codes in the same order, and what else was wanted of each block.
-    """
-    k = len(rows)
-    # Inputs of nothing fill the last block up: they have no error, and none reaches them.
-    rows = _filled(rows, block, 0.0)
-    upper = _filled(_filled(upper, block, 0.0).T, block, 0.0).T
-    upper = upper + jnp.diag((jnp.arange(len(rows)) >= k).astype(jnp.float32))
-    done = []
-    for begin, end in _parts(len(rows), block):
-        part, rows = rows[: end - begin], rows[end - begin :]
-        reach = upper[begin:end]
-        codes, errors, wanted = _one_part(
-            part, reach[:, begin:end], begin, block, steps_of, nearest
-        )
-        rows = rows - jnp.matmul(reach[:, end:].T, errors, precision="highest")
-        done.append((codes, wanted))
-    codes, wanted = jax.tree.map(lambda *parts: jnp.concatenate(parts), *done)
-    return codes[:k], wanted
-
-
-def _parts(k: int, block: int) -> list[tuple[int, int]]:
-    """Where each of a few parts of the inputs begins and ends, whole blocks both."""
-    blocks = k // block
-    size = block * max(_LEAST_BLOCKS, math.ceil(blocks / _MOST_PARTS))
-    return [(begin, min(begin + size, k)) for begin in range(0, k, size)]
-
-
-def _one_part(
-    rows: Float[Array, "p n"],
-    upper: Float[Array, "p p"],
-    begin: int,
-    block: int,
-    steps_of: Callable[..., Any],
-    nearest: Nearest,
-) -> tuple[Shaped[Array, "p n"], Float[Array, "p n"], Any]:
-    """The codes of a part's inputs, the errors that later parts are to make up for, what else was wanted.
-
-    Args:
-      rows: the part's inputs by now.
-      upper: from them to them.
-      begin: the first of them.
-      block: as of :func:`_rounded`, with the next two.
-      steps_of: likewise.
-      nearest: likewise.
-    """
-
-    def one_block(rows: Float[Array, "p n"], start: Int[Array, ""]):
-        current = lax.dynamic_slice_in_dim(rows, start, block)
-        reach = lax.dynamic_slice_in_dim(upper, start, block)
-        corner = lax.dynamic_slice_in_dim(reach, start, block, axis=1)
-        steps, wanted = steps_of(begin + start, current)
-        codes, errors = _one_block(current, corner, steps, nearest)
-        later = jnp.where(jnp.arange(len(rows)) >= start + block, reach, 0.0)
-        rows = rows - jnp.matmul(later.T, errors, precision="highest")
-        return rows, (codes, errors, wanted)
-
-    _, (codes, errors, wanted) = lax.scan(one_block, rows, jnp.arange(0, len(rows), block))
-    return codes.reshape(rows.shape), errors.reshape(rows.shape), wanted
-
-
-def _filled(rows: Float[Array, "k n"], block: int, value: float) -> Float[Array, "padded n"]:
-    """Rows up to a multiple of the block."""
-    return jnp.pad(rows, ((0, -len(rows) % block), (0, 0)), constant_values=value)
-
-
-def _one_block(
-    rows: Float[Array, "b n"],
-    upper: Float[Array, "b b"],
-    steps: Steps,
-    nearest: Nearest,
-) -> tuple[Shaped[Array, "b n"], Float[Array, "b n"]]:
-    """The codes of a block's inputs, and the errors that later inputs are to make up for.
-
-    Where a kernel does it, that is one launch. Else, as a block is to the whole, a strip of few inputs is
-    to a block: on a GPU, which takes longer to launch a program than to run it here, several inputs
-    become one.
-    """
-    if nearest.kernel and kernel_rounding.why_not(nearest.fmt, len(rows)) is None:
-        seen = kernel_rounding.at_their_turn(rows, upper, steps.step, steps.zero, nearest.fmt)
-        codes, near = nearest(seen, steps.step, steps.zero)
-        return codes, (seen - near) / jnp.diagonal(upper)[:, None]
-    strip = math.gcd(len(rows), _STRIPS.get(jax.default_backend(), 1))
-
-    def one_strip(i: Int[Array, ""], state):
-        rows, codes, errors = state
-        start = i * strip
-        current = lax.dynamic_slice_in_dim(rows, start, strip)
-        reach = lax.dynamic_slice_in_dim(upper, start, strip)
-        corner = lax.dynamic_slice_in_dim(reach, start, strip, axis=1)
-        grid = Steps(*(lax.dynamic_slice_in_dim(leaf, start, strip) for leaf in steps))
-        of_strip = lax.optimization_barrier(_one_strip(current, corner, grid, nearest))
-        later = jnp.where(jnp.arange(len(rows)) >= start + strip, reach, 0.0)
-        rows = rows - jnp.matmul(later.T, of_strip[1], precision="highest")
-        codes, errors = (
-            lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
-            for whole, part in zip((codes, errors), of_strip, strict=True)
-        )
-        return rows, codes, errors
-
-    codes, _ = jax.eval_shape(nearest, rows, steps.step, steps.zero)
-    state = rows, jnp.zeros(codes.shape, codes.dtype), jnp.zeros_like(rows)
-    _, codes, errors = lax.fori_loop(0, len(rows) // strip, one_strip, state)
-    return codes, errors
-
-
-def _one_strip(
-    rows: Float[Array, "s n"],
-    upper: Float[Array, "s s"],
-    steps: Steps,
-    nearest: Nearest,
-) -> tuple[Shaped[Array, "s n"], Float[Array, "s n"]]:
-    """Likewise, of a strip, input by input."""
-    all_codes, errors = [], []
-    for i, row in enumerate(rows):
-        for j, error in enumerate(errors):
-            row = row - upper[j, i] * error
-        codes, near = nearest(row, steps.step[i], steps.zero[i])
-        all_codes.append(codes)
-        errors.append((row - near) / upper[i, i])
-    return jnp.stack(all_codes), jnp.stack(errors)
 
 
 def as_inputs(w: Shaped[Array, "..."], axes: tuple[int, ...]) -> Shaped[Array, "k n"]:

@@ -120,6 +120,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is missing to sixteen for each of its inputs comes from the average of all), or with all",
     )
     parser.add_argument(
+        "--true-sequential",
+        action="store_true",
+        help="within a block, too, calibrate each layer with those before it quantized: as many passes "
+        "over the text as a block has inputs (4)",
+    )
+    parser.add_argument(
         "--format",
         choices=("compressed-tensors", "orbax"),
         default="compressed-tensors",
@@ -175,7 +181,9 @@ def _streamed(
     plain = abstract_plain(source)
     model = _prepared(plain, plan, how)
     tokens = _tokens(args, model.config)
-    identity = streaming.identify(source, plan, how, tokens, experts=args.experts)
+    identity = streaming.identify(
+        source, plan, how, tokens, experts=args.experts, true_sequential=args.true_sequential
+    )
     if args.resume and (report := streaming.completed(args.output, identity)):
         return report
     choose = functools.partial(budget.choose, args, model, tokens, how, console)
@@ -260,6 +268,7 @@ def _quantized(
             recipe,
             method=how,
             experts=args.experts,
+            true_sequential=args.true_sequential,
             storage=storage,
             spill=args.spill,
             on_step=lambda what: bar.advance(),
@@ -320,6 +329,10 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
         raise ValueError(
             f"--method {how.name} looks at no data: leave out --calib, or take "
             f"{', '.join(name for name in method.names() if calibrated(name))}"
+        )
+    if args.true_sequential and not how.looks_at_inputs(recipe):
+        raise ValueError(
+            f"--method {how.name} looks at no data, in whatever order: leave out --true-sequential"
         )
     return how
 

@@ -47,10 +47,11 @@ def llama(tiny_llama):
 
 def stream(
     source: Path, out: Path, method="gptq", rules=RULES, tokens=TOKENS, resume=False, spill=None,
-           experts="routed", **options):  # fmt: skip
+           experts="routed", true_sequential=False, **options):  # fmt: skip
     directory, recipe = open_plain(source), Recipe.from_json(rules)
     method = Method.parse(method) if isinstance(method, str) else method
-    identity = streaming.identify(directory, recipe, method, tokens, experts=experts)
+    how = {"experts": experts, "true_sequential": true_sequential}
+    identity = streaming.identify(directory, recipe, method, tokens, **how)
     model = abstract_plain(directory)
     if method.rotated is not None:
         model = rotatable(model, recipe)
@@ -59,7 +60,7 @@ def stream(
     ) as storage:
         _, report = quantize_sequentially(
             model, blockwise, tokens, recipe,
-            method=method, batch_size=4, storage=storage, spill=spill, experts=experts,
+            method=method, batch_size=4, storage=storage, spill=spill, **how,
         )  # fmt: skip
         storage.complete(report.as_json() | {"run": identity})
     return report
@@ -302,6 +303,9 @@ def test_only_the_same_run_goes_on(stopped, monkeypatch):
     refused(source, out, "unfinished run", ".out.partial", "--resume", "remove")
     refused(source, out, "method was gptq, now it is awq", method="awq", resume=True)
     rules = [["lm_head", "w8a16-channel"], [".*", "w4a16-g32"]]
+    refused(
+        source, out, "true-sequential was False, now it is True", true_sequential=True, resume=True
+    )
     refused(source, out, "recipe was", "w4a16-g16", "w4a16-g32", rules=rules, resume=True)
     refused(
         source, out, "calibration was 6 windows of 16 tokens", "now it is 5 windows",

@@ -12,15 +12,15 @@ import pytest
 
 import qjax
 from qjax import (
+    block_quantization,
     folding,
     nnx_layers,
     observation,
     qtensor,
     reconstruction,
-    sequential,
     statistics,
 )
-from qjax.algorithms import learned_rounding
+from qjax.algorithms import gptq, learned_rounding
 from qjax.blockwise import Block, Blockwise, Channels, Fold
 from qjax.method import Method, names
 from qjax.nnx_layers import quantized_layers
@@ -250,6 +250,58 @@ def test_each_block_sees_the_quantized_ones_before_it(model, tokens):
         x = np.asarray(quantized.blocks[i](jnp.asarray(x)))
 
 
+@pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8-static"])
+def test_true_sequential_sees_the_quantized_layers_of_a_block_too(model, tokens, scheme):
+    """Done by hand: a block's second input is that which its quantized first layers make."""
+    quantized, report = qjax.quantize_sequentially(
+        model, chain, tokens, scheme, method="gptq", batch_size=4, true_sequential=True
+    )
+    by_path = {layer.path: layer for layer in report.layers}
+    held = quantized_layers(quantized)
+    x = model.embed(tokens)
+    for i, (before, after) in enumerate(zip(model.blocks, quantized.blocks, strict=True)):
+        normed = before.norm(x)
+        inner = jax.nn.silu(after.gate(normed)) * after.up(normed)
+        for name, rows in (("gate", normed), ("up", normed), ("down", inner)):
+            rows, w = rows.reshape(TOKENS[0] * TOKENS[1], -1), getattr(before, name).kernel[...]
+            hessian = jnp.matmul(rows.T, rows, precision="highest")
+            options = gptq.Options(order="by-group")
+            factor = gptq.factor(
+                hessian, options, held[f"blocks/{i}/{name}"].scheme.weights.group_size
+            )
+            expected = gptq.quantize(w, scheme, factor, options=options)
+            codes = (
+                np.asarray(qtensor.unpacked(q)) for q in (held[f"blocks/{i}/{name}"], expected)
+            )
+            assert np.mean(np.equal(*codes)) > 0.99  # but for sums of another order
+            wrong = rows @ (qtensor.dequantize(held[f"blocks/{i}/{name}"]) - w)
+            error = float(jnp.linalg.norm(wrong) / jnp.linalg.norm(rows @ w))
+            assert by_path[f"blocks/{i}/{name}"].relative_output_error == pytest.approx(
+                error, rel=1e-3
+            )
+        x = after(x)
+
+
+@pytest.mark.parametrize("method", ["awq+gptq", "smoothquant", "gptq+learned"])
+def test_true_sequential_goes_with_every_link(model, tokens, method):
+    first, second = (
+        qjax.quantize_sequentially(
+            model, chain, tokens, "w4a16-g8", method=method, true_sequential=in_turn
+        )
+        for in_turn in (False, True)
+    )
+    exact = np.asarray(model(tokens))
+    for quantized, report in (first, second):
+        assert [layer.path for layer in report.layers] == [layer.path for layer in first[1].layers]
+        assert np.linalg.norm(quantized(tokens) - exact) < 0.25 * np.linalg.norm(exact)
+    same = [
+        (np.asarray(a.codes) == np.asarray(b.codes)).all()
+        for a, b in zip(*(quantized_layers(q).values() for q, _ in (first, second)), strict=True)
+    ]
+    # Rounding to nearest within given ranges does not ask what else is quantized.
+    assert all(same) == (method == "smoothquant")
+
+
 @pytest.mark.parametrize("start", ["rtn", "awq+gptq"])
 def test_blocks_learn_from_quantized_inputs_to_give_what_the_original_ones_did(
     model, tokens, start, monkeypatch
@@ -334,7 +386,7 @@ def test_samples_are_windows_at_even_distances(sizes, most):
     windows = np.concatenate(hidden)
     count = max(1, most // 5)
     expected = windows[:: max(1, len(windows) // count)][:count]
-    np.testing.assert_array_equal(sequential._samples(hidden, most), expected)
+    np.testing.assert_array_equal(block_quantization._samples(hidden, most), expected)
 
 
 def test_batches_and_devices_do_not_show(model, tokens):

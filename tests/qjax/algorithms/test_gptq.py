@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import device
 from qjax import kernel_rounding, qtensor, statistics
-from qjax.algorithms import gptq, round_nearest
+from qjax.algorithms import compensated_rounding, gptq, round_nearest
 from qjax.ranges import RangeSearch, find_grid
 from qjax.scheme import Scheme
 
@@ -100,7 +100,7 @@ def test_codes_are_those_of_the_papers_loop(bits, kind, symmetric, options, code
 @pytest.mark.parametrize("k", [2, 127, 128, 129, 300])
 def test_blocks_and_strips_do_not_show(k, strip, codes_of, monkeypatch):
     jax.clear_caches()  # of another strip
-    monkeypatch.setattr(gptq, "_STRIPS", {"cpu": strip})
+    monkeypatch.setattr(compensated_rounding, "_STRIPS", {"cpu": strip})
     x, w = inputs(k, 400), np.random.default_rng(2).standard_normal((k, 16)).astype(np.float32)
     scheme, options = Scheme.parse("w4a16-channel"), gptq.Options()
     factor = gptq.factor(jnp.asarray(x.T @ x), options)
@@ -113,8 +113,8 @@ def test_blocks_and_strips_do_not_show(k, strip, codes_of, monkeypatch):
 def test_parts_of_blocks_do_not_show(k, parts, order, grids, codes_of, monkeypatch):
     jax.clear_caches()  # of other parts
     monkeypatch.setattr(gptq, "BLOCK", 8)
-    monkeypatch.setattr(gptq, "_LEAST_BLOCKS", 2)
-    assert len(gptq._parts(k, 8)) == parts
+    monkeypatch.setattr(compensated_rounding, "_LEAST_BLOCKS", 2)
+    assert len(compensated_rounding._parts(k, 8)) == parts
     x, w = inputs(k, 800), np.random.default_rng(4).standard_normal((k, 12)).astype(np.float32)
     scheme, options = Scheme.parse("w4a16-g8-asym"), gptq.Options(order=order, grids=grids)
     factor = gptq.factor(jnp.asarray(x.T @ x), options, 8)

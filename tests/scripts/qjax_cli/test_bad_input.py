@@ -409,6 +409,7 @@ def test_calibration_that_is_missing_or_of_no_use(qjax, source, tmp_path):
     fails(qjax(*base, "--method", "gptq"), "gptq", "--calib")
     fails(qjax(*base, "--range", "output"), "--range output", "--calib")
     fails(qjax(*base, "--calib", text), "rtn", "leave out --calib")
+    fails(qjax(*base, "--true-sequential"), "rtn", "leave out --true-sequential")
     static = qjax("quantize", source, tmp_path / "out", "--scheme", "w8a8-static")
     fails(
         static, "w8a8-static has input scales from calibration", "--calib FILE", "without -static"

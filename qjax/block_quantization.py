@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One block of a model: what its layers multiply, their weights to QTensors, and what leaves the block.
+
+All layers of a block are calibrated on what its original weights make of the tokens. With
+``true_sequential``, as the code of Frantar et al. calls it, statistics are taken anew for each input,
+that of queries, keys and values, of the output, of gate and up, of down, with the layers before it
+quantized.
+"""
+
+import concurrent.futures
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qjax import (
+    compilation,
+    experts,
+    layer_quantization,
+    nnx_layers,
+    observation,
+    reconstruction,
+    rescaling,
+)
+from qjax.assignment import Assignment
+from qjax.blockwise import Block
+from qjax.layer_quantization import Inputs
+from qjax.method import Method
+from qjax.observation import ExpertTokens, Observed
+from qjax.post_training import copied
+from qjax.report import LayerReport
+from qjax.spilled import SpilledArrays
+
+Activations = list[Array] | SpilledArrays  # the batches between two blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is done to every block.
+
+    Attributes:
+      assigned: which layers of the model are held how.
+      method: how weights are rounded.
+      apply: runs a block; see :class:`qjax.blockwise.Blockwise`.
+      experts: what an expert is calibrated with.
+      true_sequential: whether the layers of one input are quantized before the statistics of the next are
+        taken.
+    """
+
+    assigned: Assignment
+    method: Method
+    apply: Callable[..., Any]
+    experts: ExpertTokens = "routed"
+    true_sequential: bool = False
+
+    def paths(self, block: Block) -> list[str]:
+        """The layers of a block."""
+        return [path for path in self.assigned.layers if path.startswith(f"{block.path}/")]
+
+    def wanted(self, block: Block) -> list[str]:
+        """Those of them that are quantized."""
+        return [path for path in self.paths(block) if self.assigned.scheme(path) is not None]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of a pass through a block."""
+        return {
+            "apply": self.apply,
+            "compute_dtype": compute_dtype(),
+            "experts": self.experts,
+        }
+
+
+def compute_dtype() -> Any:
+    """What activations are computed in: on a CPU, which has no 16-bit products, float32."""
+    return jnp.float32 if jax.default_backend() == "cpu" else None
+
+
+def advance(hidden: Activations, module: nnx.Module, block: Block, task: Task) -> None:
+    """Replaces the activations before a block by those after it, batch by batch."""
+    graphdef, state = nnx.split(module)
+    for i in range(len(hidden)):
+        output, _ = _run(graphdef, state, hidden[i], block.context, **task.options)
+        assert output is not None  # of a run in which nothing is watched
+        hidden[i] = output
+
+
+def compile_ahead(block: Block, x: Float[Array, "B T D"], task: Task) -> None:
+    """Compiles what a block takes all at once, not one by one where it is called, which finds it then."""
+    wanted, method = task.wanted(block), task.method
+    lowered = layer_quantization.programs(wanted, task.assigned, method)
+    if not lowered:  # of other methods none takes long
+        return
+    graphdef, state = nnx.split(block.module)
+    lower = functools.partial(_run.lower, graphdef, state, x, block.context, **task.options)
+    lowered.append(lower())
+    if method.rescaling is None:
+        names = tuple(path.removeprefix(f"{block.path}/") for path in wanted)
+        lowered.append(lower(wanted=names, hessians=method.needs_hessians))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda program: program.compile(), lowered))
+
+
+def quantize_block(
+    block: Block, hidden: Activations, targets: Activations, task: Task
+) -> tuple[LayerReport, ...]:
+    """Quantizes the layers of a block in place.
+
+    Args:
+      block: whose weights are there.
+      hidden: what reaches it.
+      targets: what it should give, where something is learned.
+      task: how.
+
+    Returns:
+      The reports of its layers, also of those that no rule names.
+
+    Raises:
+      ValueError: as :func:`qjax.quantize_sequentially` does.
+    """
+    wanted, method = task.wanted(block), task.method
+    known: dict[str, Inputs] = {}
+    turns: list[list[str]] = []
+    static = any(map(task.assigned.is_static, wanted))
+    if (method.calibrated or static) and wanted:
+        observed, few = _statistics(block, wanted, hidden, task)
+        if method.rescaling is not None:
+            observed = _rescaled(block, observed, hidden, method.rescaling, task)
+        known = layer_quantization.inputs_of(observed, f"{block.path}/", few)
+        _check(known, method)
+        turns = [[f"{block.path}/{path}" for path in layers] for layers in observed.layers]
+    # Where nothing is learned, each weight may go as soon as its codes are there.
+    was = block if method.learned is None else replace(block, module=copied(block.module))
+    reports = _in_turn(block, turns, known, hidden, task) if task.true_sequential else {}
+    paths = task.paths(block)
+    reports |= _rounded([path for path in paths if path not in reports], known, task)
+    if method.learned is not None and wanted:
+        reports |= _learn(was, block.module, reports, known, list(hidden), list(targets), task)
+    return tuple(reports[path] for path in paths)
+
+
+def _statistics(
+    block: Block, paths: Sequence[str], hidden: Activations, task: Task
+) -> tuple[Observed, dict[str, int]]:
+    """What layers multiply, and how many tokens those had whose statistics were filled up."""
+    observe = functools.partial(_observed, block, hidden, task=task)
+    observed = observe([path.removeprefix(f"{block.path}/") for path in paths])
+    return experts.filled_up(observed, functools.partial(observe, experts="all"))
+
+
+def _observed(
+    block: Block, hidden: Activations, wanted: Sequence[str], task: Task, **options: Any
+) -> Observed:
+    """The statistics of some of a block's layers over all batches."""
+    graphdef, state = nnx.split(block.module)
+    options = task.options | {"hessians": task.method.needs_hessians} | options
+    total = None
+    for x in hidden:
+        _, observed = _run(graphdef, state, x, block.context, wanted=tuple(wanted), **options)
+        total = observation.merged(total, observed)
+    assert total is not None
+    return total
+
+
+# The output is left out of the program where nobody takes it: what only it needs is not computed.
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "apply", "compute_dtype", "wanted", "hessians", "experts"),
+    compiler_options=compilation.WITHOUT_TRIALS,
+)
+def _run(
+    graphdef: Any,
+    state: Any,
+    x: Float[Array, "B T D"],
+    context: Any,
+    *,
+    apply: Callable[..., Any],
+    compute_dtype: Any,
+    wanted: tuple[str, ...] = (),
+    hessians: bool = False,
+    experts: ExpertTokens = "routed",
+) -> tuple[Float[Array, "B T D"] | None, Observed]:
+    module = nnx.merge(graphdef, state)
+    result = []
+    observed = observation.observe(
+        module,
+        lambda: result.append(apply(module, x, context)),
+        hessians=hessians,
+        compute_dtype=compute_dtype,
+        wanted=wanted.__contains__,
+        experts=experts,
+    )
+    return None if wanted else result[0], observed
+
+
+def _rescaled(
+    block: Block, observed: Observed, hidden: Activations, options: rescaling.Rescaling, task: Task
+) -> Observed:
+    schemes = {
+        path: task.assigned.scheme(f"{block.path}/{path}")
+        for layers in observed.layers
+        for path in layers
+    }
+    return rescaling.rescale(
+        block, observed, schemes, options, _samples(hidden), task.apply, compute_dtype()
+    )
+
+
+def _samples(hidden: Activations, most: int = 4096) -> Float[Array, "B T D"]:
+    """Some windows, spread over all, of about so many tokens."""
+    sizes = [x.shape[:2] for x in hidden]
+    windows, length = sum(size for size, _ in sizes), sizes[0][1]
+    count = max(1, most // length)
+    chosen = np.arange(windows)[:: max(1, windows // count)][:count]
+    ends = np.cumsum([size for size, _ in sizes])
+    rows = (
+        x[chosen[(end - len(x) <= chosen) & (chosen < end)] - (end - len(x))]
+        for end, x in zip(ends, hidden, strict=True)
+    )
+    return jnp.concatenate(list(rows))
+
+
+def _in_turn(
+    block: Block,
+    turns: Sequence[Sequence[str]],
+    known: dict[str, Inputs],
+    hidden: Activations,
+    task: Task,
+) -> dict[str, LayerReport]:
+    """Quantizes layers one input after the other, each seeing what the quantized ones before it give.
+
+    Args:
+      block: changed in place.
+      turns: the layers of each input, in the order in which they are reached.
+      known: of the inputs while nothing is quantized; brought up to date.
+      hidden: what reaches the block.
+      task: how.
+    """
+    reports: dict[str, LayerReport] = {}
+    plain = copied(block.module)
+    for i, paths in enumerate(turns):
+        if i:
+            now = replace(block, module=rescaling.simulated(plain, block.module))
+            observed, few = _statistics(now, paths, hidden, task)
+            known |= layer_quantization.inputs_of(observed, f"{block.path}/", few)
+            _check({path: known[path] for path in paths}, task.method)
+        reports |= _rounded(paths, known, task)
+    return reports
+
+
+def _rounded(paths: Sequence[str], known: dict[str, Inputs], task: Task) -> dict[str, LayerReport]:
+    return {
+        path: layer_quantization.quantize_layer(
+            path, task.assigned, task.method, known.get(path), _fallback(known.get(path))
+        )
+        for path in paths
+    }
+
+
+def _fallback(inputs: Inputs | None) -> str:
+    """For the report: what was done about an expert that fewer tokens reach than it has inputs."""
+    if inputs is None or inputs.few is None or not inputs.shortage:
+        return ""
+    return f"{inputs.shortage}: filled up with the average of all tokens"
+
+
+def _check(known: dict[str, Inputs], method: Method) -> None:
+    """Refuses what no method can work with, before any work is done on it."""
+    for path, inputs in known.items():
+        found = inputs.statistics
+        if not bool(jnp.isfinite(found.magnitude).all()):
+            raise ValueError(
+                f"{path}: its inputs are not finite: weights before it are damaged or overflow"
+            )
+        if method.needs_hessians and int(found.rows) < len(found.magnitude):
+            raise ValueError(
+                f"{path}: {int(found.rows)} calibration tokens for {len(found.magnitude)} inputs; a "
+                f"Hessian of that many needs at least as many tokens, better ten times more"
+            )
+
+
+def _learn(
+    was: Block,
+    quantized: nnx.Module,
+    reports: dict[str, LayerReport],
+    known: dict[str, Inputs],
+    inputs: Sequence[Array],
+    targets: Sequence[Array],
+    task: Task,
+) -> dict[str, LayerReport]:
+    """Trains the layers of a quantized block together, in place; the reports are those of the result.
+
+    Args:
+      was: the block before it was quantized, factors folded in.
+      quantized: the block now.
+      reports: of its layers.
+      known: what they multiply.
+      inputs: what reaches the block.
+      targets: what it should give.
+      task: whose method's last link says how to train.
+    """
+    start, method = time.perf_counter(), task.method
+    assert method.learned is not None
+    held = nnx_layers.quantized_layers(quantized)
+    # A layer that shares another's weight changes with it.
+    own = {path: q for path, q in held.items() if not reports[f"{was.path}/{path}"].reason}
+    learned = reconstruction.reconstruct(
+        was,
+        own,
+        inputs,
+        targets,
+        apply=task.apply,
+        options=method.learned,
+        compute_dtype=compute_dtype(),
+    )
+    layers = dict(nnx_layers.quantizable_layers(quantized))
+    before = dict(nnx_layers.quantizable_layers(was.module))
+    seconds = (time.perf_counter() - start) / max(1, len(own))
+    for path, q in learned.weights.items():
+        nnx_layers.variable_of(layers[path]).set_value(q)
+        name = f"{was.path}/{path}"
+        error, _ = layer_quantization.compared(
+            nnx_layers.weight_of(before[path]), q, known.get(name)
+        )
+        links = method if name in known else replace(method.without_inputs, learned=method.learned)
+        reports[name] = replace(
+            reports[name], method=links.name, relative_output_error=error,
+            seconds=reports[name].seconds + seconds,
+        )  # fmt: skip
+    return reports
