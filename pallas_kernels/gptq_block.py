@@ -120,16 +120,17 @@ def _program(
 
     def turn(i: Word, own: list[Real]) -> list[Real]:
         factors = taken.advanced(i, _TURN * (b + 1))
-        grid = [pointer.advanced(i, _TURN * n) for pointer in (steps, zeros)]
+        own_steps, own_zeros = (each.advanced(i, _TURN * n) for each in (steps, zeros))
         for place in range(_TURN):
             lane, e = divmod(place, _NEIGHBOURS)
             w = m.from_lane(own[e], quad + lane)
-            left = _left(m, w, *(_real(m, pointer, place * n) for pointer in grid), low, high)
+            grid = _real(m, own_steps, place * n), _real(m, own_zeros, place * n)
+            left = _left(m, w, *grid, low, high)
             # Beyond the last input these are the next row's, of inputs before its own: zeros.
             for j in range(0, b // _LANES, _NEIGHBOURS):
                 four = factors.load(place * b + j * _LANES, _NEIGHBOURS)
-                for e, factor in enumerate(four, start=j):
-                    own[e] = m.fma(m.as_real(factor), left, own[e])
+                for kept, factor in enumerate(four, start=j):
+                    own[kept] = m.fma(m.as_real(factor), left, own[kept])
         for e in range(_NEIGHBOURS):
             row = i * _TURN + part * _NEIGHBOURS + e
             m.store(out, row * n + column, own[e], inside)
