@@ -175,7 +175,13 @@ def streamed_output(
             write_json(run.model / CONFIG_FILE, config)
             lay_out_weights(run.model, tensors, shard_bytes=shard_bytes)
             flush(run.model)
-        yield StreamedStorage(source, run, recipe, choice)
+        # Each part that is released is looked for among what was made since: all that the process had
+        # before would take half a second a part, and in one that has done much, several.
+        gc.freeze()
+        try:
+            yield StreamedStorage(source, run, recipe, choice)
+        finally:
+            gc.unfreeze()
 
 
 def _choice(run: UnfinishedRun, choose: Callable[[], Choice]) -> Choice:
