@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,12 +86,22 @@ def new_directory(out: Path) -> Iterator[Path]:
         partial.rename(out)
         flush_directory(out.parent)
     except BaseException as error:  # an interrupt must clean up too
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if reason := disk_full_reason(error):
             raise ValueError(
                 f"{out}: disk full while writing ({reason}); nothing is left of it"
             ) from error
         raise
+
+
+def _remove(folder: Path) -> None:
+    """Removes a directory that TensorStore may write to for a moment after a write that failed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for pause in (0.05, 0.2, 1.0, 3.0):
+        time.sleep(pause)
+        if not folder.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def disk_full_reason(error: BaseException) -> str | None:

@@ -12,6 +12,7 @@ import textwrap
 
 import pytest
 
+from qjax_checkpoints import atomic
 from qjax_checkpoints.atomic import check_space, check_writable, new_directory
 
 
@@ -88,7 +89,8 @@ def test_real_write_limit(tmp_path):
     """The system itself refuses to write more than 10,000 bytes a file."""
     program = f"""
         import pathlib, resource
-        from qjax_checkpoints.atomic import new_directory
+        from qjax_checkpoints import atomic
+from qjax_checkpoints.atomic import new_directory
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         try:
             with new_directory(pathlib.Path({str(tmp_path / "out")!r})) as folder:
@@ -109,7 +111,8 @@ def test_real_write_limit(tmp_path):
 def test_a_kill_leaves_only_an_unfinished_name(tmp_path):
     program = f"""
         import pathlib, time
-        from qjax_checkpoints.atomic import new_directory
+        from qjax_checkpoints import atomic
+from qjax_checkpoints.atomic import new_directory
         with new_directory(pathlib.Path({str(tmp_path / "out")!r})) as folder:
             (folder / "config.json").write_text("{{}}")
             print("written", flush=True)
@@ -128,3 +131,19 @@ def test_a_kill_leaves_only_an_unfinished_name(tmp_path):
     with new_directory(tmp_path / "out"):  # what was left stands in nobody's way
         pass
     assert (tmp_path / "out").is_dir()
+
+
+def test_what_is_written_for_a_moment_after_an_error_goes_too(tmp_path, monkeypatch):
+    pauses = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) < 3:
+            (folder / "arrays").mkdir(parents=True)
+            (folder / "arrays" / "late").write_text("x")
+
+    monkeypatch.setattr(atomic.time, "sleep", pause)
+    with pytest.raises(KeyError), new_directory(tmp_path / "out") as folder:
+        (folder / "first").write_text("x")
+        raise KeyError
+    assert len(pauses) == 3 and list(tmp_path.iterdir()) == []
