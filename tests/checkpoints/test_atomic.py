@@ -89,8 +89,7 @@ def test_real_write_limit(tmp_path):
     """The system itself refuses to write more than 10,000 bytes a file."""
     program = f"""
         import pathlib, resource
-        from qjax_checkpoints import atomic
-from qjax_checkpoints.atomic import new_directory
+        from qjax_checkpoints.atomic import new_directory
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         try:
             with new_directory(pathlib.Path({str(tmp_path / "out")!r})) as folder:
@@ -111,8 +110,7 @@ from qjax_checkpoints.atomic import new_directory
 def test_a_kill_leaves_only_an_unfinished_name(tmp_path):
     program = f"""
         import pathlib, time
-        from qjax_checkpoints import atomic
-from qjax_checkpoints.atomic import new_directory
+        from qjax_checkpoints.atomic import new_directory
         with new_directory(pathlib.Path({str(tmp_path / "out")!r})) as folder:
             (folder / "config.json").write_text("{{}}")
             print("written", flush=True)
