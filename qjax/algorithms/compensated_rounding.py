@@ -138,17 +138,33 @@ def _one_part(
     """
 
     def one_block(rows: Float[Array, "p n"], start: Int[Array, ""]):
-        current = lax.dynamic_slice_in_dim(rows, start, block)
-        reach = lax.dynamic_slice_in_dim(upper, start, block)
-        corner = lax.dynamic_slice_in_dim(reach, start, block, axis=1)
+        current, reach, corner = _piece(rows, upper, start, block)
         steps, wanted = steps_of(begin + start, current)
         codes, errors = _one_block(current, corner, steps, nearest)
-        later = jnp.where(jnp.arange(len(rows)) >= start + block, reach, 0.0)
-        rows = rows - jnp.matmul(later.T, errors, precision="highest")
-        return rows, (codes, errors, wanted)
+        return _made_up(rows, reach, start + block, errors), (codes, errors, wanted)
 
     _, (codes, errors, wanted) = lax.scan(one_block, rows, jnp.arange(0, len(rows), block))
     return codes.reshape(rows.shape), errors.reshape(rows.shape), wanted
+
+
+def _piece(
+    rows: Float[Array, "k n"], upper: Float[Array, "k k"], start: Int[Array, ""], size: int
+) -> tuple[Float[Array, "s n"], Float[Array, "s k"], Float[Array, "s s"]]:
+    """Some inputs that follow one another, and the factor from them to all and to themselves."""
+    reach = lax.dynamic_slice_in_dim(upper, start, size)
+    corner = lax.dynamic_slice_in_dim(reach, start, size, axis=1)
+    return lax.dynamic_slice_in_dim(rows, start, size), reach, corner
+
+
+def _made_up(
+    rows: Float[Array, "k n"],
+    reach: Float[Array, "s k"],
+    end: Int[Array, ""],
+    errors: Float[Array, "s n"],
+) -> Float[Array, "k n"]:
+    """What the errors of a piece make of the rows from its end on; the others stay."""
+    later = jnp.where(jnp.arange(len(rows)) >= end, reach, 0.0)
+    return rows - jnp.matmul(later.T, errors, precision="highest")
 
 
 def filled(rows: Float[Array, "k n"], block: int, value: float) -> Float[Array, "padded n"]:
@@ -177,13 +193,10 @@ def _one_block(
     def one_strip(i: Int[Array, ""], state):
         rows, codes, errors = state
         start = i * strip
-        current = lax.dynamic_slice_in_dim(rows, start, strip)
-        reach = lax.dynamic_slice_in_dim(upper, start, strip)
-        corner = lax.dynamic_slice_in_dim(reach, start, strip, axis=1)
+        current, reach, corner = _piece(rows, upper, start, strip)
         grid = Steps(*(lax.dynamic_slice_in_dim(leaf, start, strip) for leaf in steps))
         of_strip = lax.optimization_barrier(_one_strip(current, corner, grid, nearest))
-        later = jnp.where(jnp.arange(len(rows)) >= start + strip, reach, 0.0)
-        rows = rows - jnp.matmul(later.T, of_strip[1], precision="highest")
+        rows = _made_up(rows, reach, start + strip, of_strip[1])
         codes, errors = (
             lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
             for whole, part in zip((codes, errors), of_strip, strict=True)

@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--true-sequential",
         action="store_true",
         help="within a block, too, calibrate each layer with those before it quantized: as many passes "
-        "over the text as a block has inputs (4)",
+        "over the text as a block has inputs (4; of a mixture, 2 and 2 for each expert)",
     )
     parser.add_argument(
         "--format",
