@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Integer, Shaped
 
 # The 4-bit NormalFloat of QLoRA (Dettmers et al., 2023, arXiv:2305.14314, appendix E): quantiles of a
@@ -139,9 +140,39 @@ def encode(values: Float[Array, "*shape"], fmt: Format) -> Shaped[Array, "*shape
         case "integer":
             return jnp.round(clipped).astype(fmt.dtype)
         case "float":
-            return clipped.astype(fmt.dtype)
+            return nearest(clipped, fmt.dtype).astype(fmt.dtype)
         case "codebook":
             return _nearest_entry(clipped, fmt)
+
+
+def nearest(values: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
+    """What a narrower float dtype holds of float32 values, as float32; ties go to the even one.
+
+    That is ``values.astype(dtype).astype(float32)``, but where both stand in one program, XLA on a GPU
+    leaves them out (``xla_allow_excess_precision``, jax 0.11.2): what is made and read there would not be
+    rounded at all. Of what this gives the conversions are exact, and it does not matter what becomes of
+    them.
+
+    Args:
+      values: within the range of the dtype, else it is up to the conversion what becomes of them.
+      dtype: a float of 32 bits or fewer.
+
+    Example:
+      >>> nearest(jnp.array([1.0625, 1.1, 0.001]), jnp.float8_e4m3fn).tolist()
+      [1.0, 1.125, 0.001953125]
+    """
+    info = jnp.finfo(dtype)
+    if info.nmant >= jnp.finfo(jnp.float32).nmant:
+        return values
+    if info.nexp == jnp.finfo(jnp.float32).nexp:
+        return lax.reduce_precision(values, info.nexp, info.nmant)
+    # reduce_precision flushes subnormals. Neighbours in a binade [2^e, 2^(e+1)) lie 2^(e - nmant) apart.
+    exponent = lax.bitcast_convert_type(values, jnp.uint32) & 0x7F800000
+    binade = jnp.maximum(
+        lax.bitcast_convert_type(exponent, jnp.float32), float(info.smallest_normal)
+    )
+    apart = binade * 2.0**-info.nmant
+    return jnp.where(jnp.isfinite(values), jnp.round(values / apart) * apart, values)
 
 
 def decode(codes: Shaped[Array, "*shape"], fmt: Format) -> Float[Array, "*shape"]:

@@ -158,7 +158,7 @@ def _divided(reach: Float[Array, "..."], steps: float) -> Float[Array, "..."]:
 
 def _never_zero(scale: Float[Array, "..."], dtype: Any, reach: Float[Array, "..."]) -> Any:
     """The scale rounded to ``dtype``; where that is zero, one for a tile without reach."""
-    stored, info = scale.astype(dtype), jnp.finfo(dtype)
+    stored, info = formats.nearest(scale, dtype).astype(dtype), jnp.finfo(dtype)
     # float32 arithmetic flushes its own subnormals, and bfloat16's, to zero.
     least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
     instead = jnp.where(reach == 0, 1.0, least).astype(dtype)

@@ -67,7 +67,7 @@ class Nearest:
         """The codes of weights, and what they stand for."""
         codes = formats.encode(weights / step + zero, self.fmt)
         near = (formats.decode(codes, self.fmt) - zero) * step
-        return codes, near.astype(self.dtype).astype(jnp.float32)
+        return codes, formats.nearest(near, self.dtype)
 
 
 def rounded(

@@ -253,7 +253,8 @@ def _rounded(anchor: Anchor, params: Parameters) -> _Rounded:
         info = jnp.finfo(scale.dtype)
         # float32 arithmetic flushes its own subnormals, and bfloat16's, to zero.
         least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-        scale = jnp.clip(wide, least, float(info.max)).astype(scale.dtype)
+        bounded = jnp.clip(wide, least, float(info.max))
+        scale = formats.nearest(bounded, scale.dtype).astype(scale.dtype)
         step = straight_through(wide, scale.astype(jnp.float32))
     if q.tensor_scale is not None:
         step = step * q.tensor_scale

@@ -199,7 +199,7 @@ def _rounded(scale: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     info = jnp.finfo(dtype)
     # float32 arithmetic flushes its own subnormals, and bfloat16's, to zero.
     least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-    return jnp.clip(scale, least, float(info.max)).astype(dtype)
+    return formats.nearest(jnp.clip(scale, least, float(info.max)), dtype).astype(dtype)
 
 
 def _whole(zero: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:

@@ -159,3 +159,26 @@ def test_an_unknown_format_is_refused():
         ValueError, match=r"^unknown number format 'int5': qjax has int2, int3, .*$"
     ):
         formats.format_named("int5")
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32"]
+)
+def test_nearest_is_there_and_back(dtype):
+    """So that leaving both conversions out, as XLA does on a GPU, changes nothing."""
+    rng, top = np.random.default_rng(0), float(jnp.finfo(dtype).max)
+    bits = rng.integers(0, 2**32, 20000, np.uint32)
+    spread = rng.standard_normal(20000) * 2.0 ** rng.uniform(-30, 12, 20000)
+    special = [0.0, -0.0, top, -top, np.inf, -np.inf, np.nan]
+    parts = bits.view(np.float32), spread.astype(np.float32), np.array(special, np.float32)
+    values = np.concatenate(parts)
+    # What overflows is for the conversion; numbers that float32 itself holds as subnormals are zeros.
+    values = values[~(np.abs(values) > top) | ~np.isfinite(values)]
+    values = values[~((np.abs(values) < np.finfo(np.float32).tiny) & (values != 0))]
+    with np.errstate(invalid="ignore"):  # of NaN and infinities, which some have no code for
+        expected = values.astype(ml_dtypes.finfo(dtype).dtype).astype(np.float32)
+    found = np.asarray(jax.jit(formats.nearest, static_argnums=1)(values, dtype))
+    finite = np.isfinite(values)
+    np.testing.assert_array_equal(found[finite], expected[finite])
+    np.testing.assert_array_equal(found[~finite], values[~finite])
+    assert (np.signbit(found) == np.signbit(values))[finite].all()

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What XLA's compiler for GPUs does to programs, and must not do to ours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax import activations, formats
+from qjax.scheme import ActivationScheme
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="asks a GPU's compiler"),
+]
+
+
+@pytest.mark.parametrize("scheme", ["fp8-a16", "fp8-e5m2", "mxfp8", "nvfp4", "w4a16-g32"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_codes_made_and_read_in_one_program_are_rounded(scheme, dtype, rng):
+    w = jnp.asarray(rng.standard_normal((256, 64)), dtype)
+    apart = qjax.dequantize(qjax.quantize(w, scheme), jnp.float32)
+    together = jax.jit(lambda w: qjax.dequantize(qjax.quantize(w, scheme), jnp.float32))(w)
+    np.testing.assert_array_equal(together, apart)
+
+
+@pytest.mark.parametrize("fmt", [formats.E4M3, formats.E2M1, formats.INT8])
+def test_activations_too(fmt, rng):
+    x, scheme = (
+        jnp.asarray(rng.standard_normal((8, 256)), jnp.float32),
+        ActivationScheme(format=fmt),
+    )
+    together = jax.jit(lambda x: activations.fake_quantize(x, scheme, (-1,)))(x)
+    codes = activations.quantize(x, scheme, (-1,))
+    np.testing.assert_allclose(together, activations.dequantize(codes), rtol=1e-6)
+    assert float(jnp.abs(together - x).max()) > 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g16", "w4a16-g32-asym", "w4a16-channel", "w4a8-g32"])
+@pytest.mark.parametrize("shape", [(32, 32), (32, 48), (64, 32), (64, 96), (128, 32), (256, 384)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_products_with_small_int4_weights(scheme, shape, dtype, rng):
+    w = qjax.quantize(jnp.asarray(rng.standard_normal(shape), jnp.float32), scheme)
+    dense = np.asarray(qjax.dequantize(w), np.float64)
+    product = jax.jit(lambda x, w: qjax.matmul(x, w, implementation="xla"))
+    by_user = jax.jit(lambda x, w: x @ qjax.dequantize(w, x.dtype))
+    for rows in ((1,), (1, 1), (2,), (5,), (40,)):
+        x = jnp.asarray(rng.standard_normal((*rows, shape[0])), dtype)
+        exact = np.asarray(x, np.float64) @ dense
+        for found in (product(x, w), by_user(x, w)):
+            assert np.abs(np.asarray(found, np.float64) - exact).max() < 0.05 * np.abs(exact).max()
