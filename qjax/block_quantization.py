@@ -21,8 +21,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qjax import (
+    activations,
     compilation,
     experts,
+    kv_cache,
     layer_quantization,
     nnx_layers,
     observation,
@@ -30,7 +32,7 @@ from qjax import (
     rescaling,
 )
 from qjax.assignment import Assignment
-from qjax.blockwise import Block
+from qjax.blockwise import Block, Cache
 from qjax.layer_quantization import Inputs
 from qjax.method import Method
 from qjax.observation import ExpertTokens, Observed
@@ -52,6 +54,7 @@ class Task:
       experts: what an expert is calibrated with.
       true_sequential: whether the layers of one input are quantized before the statistics of the next are
         taken.
+      cache: what every block keeps in few bits; None: nothing.
     """
 
     assigned: Assignment
@@ -59,6 +62,7 @@ class Task:
     apply: Callable[..., Any]
     experts: ExpertTokens = "routed"
     true_sequential: bool = False
+    cache: Cache | None = None
 
     def paths(self, block: Block) -> list[str]:
         """The layers of a block."""
@@ -98,12 +102,16 @@ def compile_ahead(block: Block, x: Float[Array, "B T D"], task: Task) -> None:
     lowered = layer_quantization.programs(wanted, task.assigned, method)
     if not lowered:  # of other methods none takes long
         return
-    graphdef, state = nnx.split(block.module)
-    lower = functools.partial(_run.lower, graphdef, state, x, block.context, **task.options)
-    lowered.append(lower())
+
+    def lower(module: nnx.Module, **options: Any) -> Any:
+        return _run.lower(*nnx.split(module), x, block.context, **task.options, **options)
+
+    finished = copied(block.module)
+    kv_cache.expect(finished)
+    lowered.append(lower(finished))
     if method.rescaling is None:
         names = tuple(path.removeprefix(f"{block.path}/") for path in wanted)
-        lowered.append(lower(wanted=names, hessians=method.needs_hessians))
+        lowered.append(lower(block.module, wanted=names, hessians=method.needs_hessians))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(lambda program: program.compile(), lowered))
 
@@ -144,6 +152,54 @@ def quantize_block(
     if method.learned is not None and wanted:
         reports |= _learn(was, block.module, reports, known, list(hidden), list(targets), task)
     return tuple(reports[path] for path in paths)
+
+
+def find_cache_scales(block: Block, hidden: Activations, task: Task) -> None:
+    """Finds by what scales a quantized block keeps keys and values, in place; without a cache, none.
+
+    Args:
+      block: whose layers are quantized: what they give is what will be kept.
+      hidden: what reaches it.
+      task: how.
+
+    Raises:
+      ValueError: what it keeps is not finite.
+    """
+    if task.cache is None:
+        return
+    graphdef, state = nnx.split(block.module)
+    largest = np.zeros(len(task.cache.scales), np.float32)
+    for x in hidden:
+        found = _largest_kept(
+            graphdef, state, x, block.context, kept=task.cache.kept, compute_dtype=compute_dtype()
+        )
+        largest = np.maximum(largest, np.asarray(found))
+    scales = kv_cache.scales_of(block.module)
+    for path, absmax in zip(task.cache.scales, largest, strict=True):
+        if not np.isfinite(absmax):
+            raise ValueError(
+                f"{block.path}/{path}: keys or values are not finite: weights before them are damaged or "
+                "overflow"
+            )
+        scale = activations.static_scale(jnp.asarray(absmax), task.cache.scheme)
+        scales[path].set_value(scale[None])
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "kept", "compute_dtype"))
+def _largest_kept(
+    graphdef: Any,
+    state: Any,
+    x: Float[Array, "B T D"],
+    context: Any,
+    *,
+    kept: Callable[..., tuple[Float[Array, "..."], ...]],
+    compute_dtype: Any,
+) -> Float[Array, " scales"]:
+    module = nnx.merge(graphdef, state)
+    found = observation.computed(
+        module, lambda: kept(module, x, context), compute_dtype=compute_dtype
+    )
+    return jnp.stack([jnp.max(jnp.abs(array)).astype(jnp.float32) for array in found])
 
 
 def _statistics(

@@ -13,6 +13,8 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qjax.scheme import ActivationScheme
+
 
 @dataclass(frozen=True, kw_only=True)
 class Channels:
@@ -79,6 +81,22 @@ class Stream:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cache:
+    """What every block keeps for the tokens to come, in few bits: :mod:`qjax.kv_cache`.
+
+    Attributes:
+      scheme: what the codes are.
+      scales: paths in a block of its :class:`qjax.kv_cache.CacheScale` variables.
+      kept: what they are the scales of, in their order, not quantized: ``kept(module, x, context)``. A
+        function of a module file, as ``apply`` of :class:`Blockwise`.
+    """
+
+    scheme: ActivationScheme
+    scales: tuple[str, ...]
+    kept: Callable[[Any, Float[Array, "B T D"], Any], tuple[Float[Array, "..."], ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """One link of the chain.
 
@@ -104,6 +122,7 @@ class Blockwise:
       enter: from tokens to what the first block takes.
       entrance: paths of the modules whose weights ``enter`` reads.
       stream: where all this meets the residual stream; None: no rotation passes through the model.
+      cache: what blocks keep in few bits, by scales that are not found yet; None: nothing.
       apply: runs a block: ``apply(module, x, context)``. A function of a module file, not a closure, so
         that blocks of one structure are compiled once.
     """
@@ -113,3 +132,4 @@ class Blockwise:
     apply: Callable[[Any, Float[Array, "B T D"], Any], Float[Array, "B T D"]]
     entrance: tuple[str, ...] = ()
     stream: Stream | None = None
+    cache: Cache | None = None

@@ -67,7 +67,8 @@ def quantize_sequentially(
       model: left as it is. With a storage that holds the weights outside, shapes in place of arrays.
       chain: what makes a :class:`qjax.blockwise.Blockwise` of it, given the length of the windows.
       tokens: calibration windows; a method that looks at no activations takes none of them, unless a
-        scheme is static: its input scale is of the inputs' largest magnitude.
+        scheme is static, its input scale of the inputs' largest magnitude, or the model keeps keys and
+        values by static scales.
       recipe: which layers are held how; a scheme's name means that scheme everywhere.
       method: how weights are rounded, or its name.
       search: how the range of each tile is chosen, where ``method`` is a name; None: as suits it.
@@ -103,7 +104,7 @@ def quantize_sequentially(
     result = copied(model)
     assigned = assignment.assign(result, recipe)
     blockwise = chain(result, tokens.shape[1])
-    looks_at_inputs = method.looks_at_inputs(recipe)
+    looks_at_inputs = method.looks_at_inputs(recipe) or blockwise.cache is not None
     if looks_at_inputs:
         _check_tokens(tokens, method, recipe)
         _check_static(assigned, blockwise)
@@ -120,6 +121,7 @@ def quantize_sequentially(
         apply=blockwise.apply,
         experts=experts,
         true_sequential=true_sequential,
+        cache=blockwise.cache,
     )
     hidden, unquantized = (SpilledArrays(spill) if spill else [] for _ in range(2))
     if looks_at_inputs and any(storage.finished(b.path) is None for b in blockwise.blocks):
@@ -139,6 +141,7 @@ def quantize_sequentially(
         block_quantization.advance(unquantized, block.module, block, task)
         if reports is None:
             reports = block_quantization.quantize_block(block, hidden, unquantized, task)
+            block_quantization.find_cache_scales(block, hidden, task)
             storage.keep(block.path, block.module, reports)
         done |= {report.path: report for report in reports}
         on_step(f"{block.path} quantized")
@@ -202,11 +205,12 @@ def _check_tokens(tokens: Int[np.ndarray, "n length"], method: Method, recipe: R
     if tokens.size:
         return
     scheme = recipe.static_scheme
-    if method.calibrated or scheme is None:
+    if method.calibrated:
         raise ValueError(
             f"{method.name} looks at what the layers multiply: it needs tokens, got none"
         )
-    raise ValueError(f"{scheme.name} has input scales from calibration: it needs tokens, got none")
+    what = f"{scheme.name} has input" if scheme is not None else "a quantized cache has"
+    raise ValueError(f"{what} scales from calibration: it needs tokens, got none")
 
 
 def _check_static(assigned: Assignment, blockwise: Blockwise) -> None:

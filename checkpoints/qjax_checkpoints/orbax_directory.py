@@ -3,7 +3,8 @@
 
     config.json, tokenizer.json, ...    as in the directory that the model came from
     qjax.json                           format version; shapes, dtypes, each QTensor's static part;
-                                        whether inputs are turned online, which config.json cannot say
+                                        whether inputs are turned online and how keys and values are
+                                        kept, which config.json cannot say
     arrays/                             the Orbax checkpoint: parameter path -> array, or -> codes,
                                         scale, zero, tensor_scale, input_scale, columns and outliers
                                         of a QTensor
@@ -13,7 +14,7 @@ It holds whatever a QTensor can be. Codes below 8 bits are stored as the bytes o
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,16 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from pallas_kernels import packing
-from qjax import QTensor, formats, nnx_layers, outliers
+from qjax import QTensor, formats, kv_cache, nnx_layers, outliers
 from qjax.nnx_layers import named_variables
 from qjax.qtensor import plain, unpacked
 from qjax.scheme import ActivationScheme
 from qjax_checkpoints.directory import CONFIG_FILE
 from qjax_checkpoints.json_file import read_json, write_json
 from qjax_checkpoints.parameters import (
+    check_found,
     check_numbers,
+    check_positive,
     place,
     read_decoder_config,
 )
@@ -52,6 +55,7 @@ def write_orbax(folder: Path, model: Decoder) -> None:
     for path, variable in named_variables(model).items():
         value = variable.get_value()
         value = plain(value) if isinstance(value, QTensor) else value
+        check_found(path, value)
         arrays[path] = _leaves(value) if isinstance(value, QTensor) else value
         parameters[path] = _describe(value) if isinstance(value, QTensor) else _abstract(value)
     description = {
@@ -60,6 +64,7 @@ def write_orbax(folder: Path, model: Decoder) -> None:
         # What activations are computed in; the parameters' own dtypes stand with them.
         "dtype": str(np.dtype(model.model.activations)),
         "online_hadamard": model.config.online_hadamard,
+        "kv_cache": model.config.kv_cache,
         "parameters": parameters,
     }
     # In a thread of its own Orbax does not see an interrupt: seeing one, it would leave threads that
@@ -91,12 +96,17 @@ def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, 
     description = _read_description(path / DESCRIPTION_FILE)
     config = read_json(path / CONFIG_FILE)
     shape = read_decoder_config(config, where=path)
-    shape = dataclasses.replace(shape, online_hadamard=description.get("online_hadamard", False))
+    shape = dataclasses.replace(
+        shape,
+        online_hadamard=description.get("online_hadamard", False),
+        kv_cache=description.get("kv_cache"),
+    )
     model = Decoder.abstract(shape, description["dtype"] if dtype is None else dtype)
     parameters = description["parameters"]
+    kv_cache.expect(model)
     variables = named_variables(model)
     _check_parameters(path, parameters, {p: v.get_value().shape for p, v in variables.items()})
-    arrays = _restore(path / _ARRAYS, parameters, dtype)
+    arrays = _restore(path / _ARRAYS, parameters, dtype, exact=kv_cache.scales_of(model))
     layers = dict(nnx_layers.quantizable_layers(model))
     for name, entry in parameters.items():
         value = arrays[name]
@@ -105,6 +115,8 @@ def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, 
                 value = _assemble(entry, value, dtype)
             except ValueError as error:
                 raise ValueError(f"{path / DESCRIPTION_FILE}: parameter {name}: {error}") from error
+        if isinstance(variables[name], kv_cache.CacheScale):
+            check_positive(value, f"{path}: parameter {name}")
         check_numbers(value, f"{path}: parameter {name}")
         if not isinstance(value, QTensor):
             variables[name].set_value(value)
@@ -193,6 +205,11 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: needs dtype and parameters")
     if not isinstance(description.get("online_hadamard", False), bool):
         raise ValueError(f"{path}: online_hadamard must be true or false")
+    if description.get("kv_cache") not in (None, *kv_cache.SCHEMES):
+        raise ValueError(
+            f"{path}: kv_cache must be null or one of {', '.join(kv_cache.SCHEMES)}, not "
+            f"{description['kv_cache']!r}"
+        )
     for name, entry in parameters.items():
         if not _is_described(entry):
             raise ValueError(f"{path}: parameter {name}: its description is broken or incomplete")
@@ -270,8 +287,10 @@ def _check_parameters(
             )
 
 
-def _restore(path: Path, parameters: Mapping[str, Any], dtype: DTypeLike | None) -> dict[str, Any]:
-    """Restores all arrays; the plain ones are cast on the way."""
+def _restore(
+    path: Path, parameters: Mapping[str, Any], dtype: DTypeLike | None, exact: Collection[str]
+) -> dict[str, Any]:
+    """Restores all arrays; the plain ones are cast on the way, but for `exact` ones."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def abstract(entry: Mapping[str, Any], cast: DTypeLike | None) -> jax.ShapeDtypeStruct:
@@ -281,7 +300,7 @@ def _restore(path: Path, parameters: Mapping[str, Any], dtype: DTypeLike | None)
     tree = {
         name: {leaf: abstract(part, None) for leaf, part in entry["leaves"].items()}
         if "leaves" in entry
-        else abstract(entry, dtype)
+        else abstract(entry, None if name in exact else dtype)
         for name, entry in parameters.items()
     }
     try:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qjax import QTensor, Recipe, nnx_layers, quantize
+from qjax import QTensor, Recipe, kv_cache, nnx_layers, quantize
 from qjax.assignment import assign
 from qjax_checkpoints.parameters import place
 from qjax_models import Decoder
@@ -40,6 +40,7 @@ def outline(model: Decoder, recipe: Recipe) -> Decoder:
         if scheme.is_static:
             q = q.replaced(input_scale=jax.ShapeDtypeStruct((), jnp.float32))
         place(layer, nnx_layers.variable_of(layer), q)
+    kv_cache.expect(result)
     return result
 
 

@@ -6,6 +6,8 @@ it is a linear layer's; then its pages of the file are given back. So loading ho
 tensor, never a second copy.
 """
 
+import dataclasses
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Shaped
 
-from qjax import QTensor, nnx_layers
+from qjax import QTensor, kv_cache, nnx_layers
+from qjax.kv_cache import CacheScale
 from qjax.nnx_layers import named_variables
 from qjax.qtensor import plain
 from qjax_checkpoints.directory import ModelDirectory
@@ -43,14 +46,18 @@ def read_decoder_config(config: Mapping[str, Any], *, where: Path) -> DecoderCon
         raise ValueError(f"{where}: {error}") from error
 
 
-def abstract_model(directory: ModelDirectory, dtype: DTypeLike | None) -> Decoder:
+def abstract_model(
+    directory: ModelDirectory, dtype: DTypeLike | None, kv_cache: str | None = None
+) -> Decoder:
     """Returns the decoder that a directory describes, without arrays.
 
     Args:
         directory: the open directory.
         dtype: of parameters and activations; None: that of the stored token table.
+        kv_cache: how it keeps keys and values.
     """
     config = read_decoder_config(directory.config, where=directory.path)
+    config = dataclasses.replace(config, kv_cache=kv_cache)
     if dtype is None:
         # Without 64-bit mode JAX holds float64 tensors in float32.
         dtype = jax.dtypes.canonicalize_dtype(directory.entry(_TOKEN_TABLE).dtype)
@@ -110,10 +117,22 @@ def fill(
     """
     for name, (path, layout) in wanted.items():
         name = stored_name(directory, name)
-        array = _on_device(directory.tensor(name), layout, dtype)
-        check_numbers(array, f"{directory.path}: tensor {name}")
+        what = f"{directory.path}: tensor {name}"
+        if isinstance(variables[path], CacheScale):
+            array = _on_device(directory.tensor(name), layout, jnp.float32).reshape(1)
+            check_positive(array, what)
+        else:
+            array = _on_device(directory.tensor(name), layout, dtype)
+            check_numbers(array, what)
         variables[path].set_value(array)
         directory.release(name)
+
+
+def original_tensors(module: nnx.Module, prefix: str = "") -> dict[str, tuple[str, Layout]]:
+    """Returns what `hf_tensors` does but for what calibration finds: the tensors of a plain directory."""
+    found = kv_cache.scales_of(module, prefix)
+    named = hf_tensors(module, prefix)
+    return {name: value for name, value in named.items() if value[0] not in found}
 
 
 def stored_name(directory: ModelDirectory, name: str) -> str:
@@ -155,7 +174,10 @@ def check_stored(
     _check_names(directory, wanted, names)
     variables = named_variables(model)
     for name, (path, layout) in wanted.items():
-        _check_shape(directory, name, layout, variables[path].get_value().shape)
+        if isinstance(variables[path], CacheScale):
+            _check_one_number(directory, name)
+        else:
+            _check_shape(directory, name, layout, variables[path].get_value().shape)
 
 
 def stored_values(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Layout, Any]]:
@@ -204,6 +226,29 @@ def check_numbers(value: jax.Array | QTensor, what: str) -> None:
     floats = [x for x in jax.tree.leaves(value) if jnp.issubdtype(x.dtype, jnp.floating)]
     if any(bool(_has_nan(x)) for x in floats):
         raise ValueError(f"{what}: NaN among the values; a number is needed everywhere")
+
+
+def check_found(name: str, value: Any) -> None:
+    """Checks that a parameter is there: a scale of the cache is not, before calibration.
+
+    Raises:
+        ValueError: it is not; the message names it.
+    """
+    if value is None:
+        raise ValueError(
+            f"{name}: keys and values are to be kept by a scale that has not been found: "
+            "qjax.quantize_sequentially finds it"
+        )
+
+
+def check_positive(scale: jax.Array, what: str) -> None:
+    """Checks that a scale is one.
+
+    Raises:
+        ValueError: it is not; the message begins with `what`.
+    """
+    if not bool((jnp.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"{what}: must be a positive number, it is {scale.tolist()}")
 
 
 @jax.jit
@@ -269,6 +314,15 @@ def _check_shape(
         raise ValueError(
             f"{directory.path}: tensor {name} has shape {list(stored)}, "
             f"config.json asks for {list(expected)}"
+        )
+
+
+def _check_one_number(directory: ModelDirectory, name: str) -> None:
+    """Checks the shape of a scale, which others write as `[]` or `[1]`."""
+    stored = directory.entry(name).shape
+    if math.prod(stored) != 1:
+        raise ValueError(
+            f"{directory.path}: tensor {name} has shape {list(stored)}, it must be one number"
         )
 
 

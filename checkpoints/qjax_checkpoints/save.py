@@ -95,6 +95,7 @@ def save(
             tensors, config["quantization_config"] = compressed(model)
         case "dense":
             check_nothing_online(model)
+            _check_exact_cache(model)
             for name, layout, value in stored_values(model):
                 tensors[name] = _pending_dense(value, layout)
         case "orbax":
@@ -167,6 +168,14 @@ def plain_config(model: Decoder, config: Mapping[str, Any]) -> dict[str, Any]:
     # transformers before version 5 calls it torch_dtype.
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return config | dict.fromkeys(keys, dtype)
+
+
+def _check_exact_cache(model: Decoder) -> None:
+    if model.config.kv_cache is not None:
+        raise ValueError(
+            f"the model keeps keys and values as {model.config.kv_cache}, which a plain directory cannot "
+            "say; --format compressed-tensors and orbax do"
+        )
 
 
 def _pending_dense(value: jax.Array | QTensor, layout: Layout) -> PendingTensor:

@@ -36,7 +36,7 @@ from qjax_checkpoints.compressed_tensors.write import compressed, encoded
 from qjax_checkpoints.directory import CONFIG_FILE, ModelDirectory, fingerprint, open_directory
 from qjax_checkpoints.json_file import read_json, write_json
 from qjax_checkpoints.outline import outline, shapes
-from qjax_checkpoints.parameters import check_values, fill, stored_name
+from qjax_checkpoints.parameters import check_values, fill, original_tensors, stored_name
 from qjax_checkpoints.save import REPORT_FILE, copy_companions, plain_config
 from qjax_checkpoints.shards import (
     SHARD_BYTES,
@@ -47,7 +47,6 @@ from qjax_checkpoints.shards import (
 )
 from qjax_checkpoints.unfinished import UnfinishedRun, partial_path, unfinished_run
 from qjax_models import Decoder
-from qjax_models.names import hf_tensors
 
 
 class StreamedStorage(Storage):
@@ -86,8 +85,8 @@ class StreamedStorage(Storage):
 
     def load(self, path: str, module: nnx.Module) -> None:
         """Reads a part of the source."""
-        variables, wanted = named_variables(module, f"{path}/"), hf_tensors(module, f"{path}/")
-        fill(variables, self._source, wanted=wanted, dtype=None)
+        wanted = original_tensors(module, f"{path}/")
+        fill(named_variables(module, f"{path}/"), self._source, wanted=wanted, dtype=None)
 
     def keep(self, path: str, module: nnx.Module, reports: tuple[LayerReport, ...]) -> None:
         """Writes a part to its places in the output."""
@@ -167,7 +166,8 @@ def streamed_output(
                 tensors, quantization = compressed(outline(model, recipe))
             # Now, not when their turn has come.
             check_values(
-                source, dict.fromkeys(stored_name(source, name) for name in hf_tensors(model))
+                source,
+                dict.fromkeys(stored_name(source, name) for name in original_tensors(model)),
             )
             check_space(out, sum(tensor.nbytes for tensor in tensors.values()))
             copy_companions(source.path, run.model)
@@ -202,6 +202,7 @@ def identify(
     *,
     experts: ExpertTokens = "routed",
     true_sequential: bool = False,
+    kv_cache: str | None = None,
 ) -> dict[str, str]:
     """Returns in words all that decides the bytes of an output, each under what it is called.
 
@@ -212,6 +213,7 @@ def identify(
         tokens: what is calibrated on, and measured for a choice.
         experts: which tokens an expert is calibrated with.
         true_sequential: whether layers of a block see those before them quantized.
+        kv_cache: how keys and values are kept.
     """
     if isinstance(recipe, Recipe):
         rules = [[rule.pattern, rule.scheme.name if rule.scheme else None] for rule in recipe.rules]
@@ -225,6 +227,7 @@ def identify(
         "calibration": f"{windows} windows of {length} tokens ({_hash(tokens.tobytes())})",
         "tokens of experts": experts,
         "true-sequential": str(true_sequential),
+        "kv-cache": str(kv_cache),
         "qjax": qjax.__version__,
         "jax": jax.__version__,
         "device": f"{jax.default_backend()} ({jax.devices()[0].device_kind})",

@@ -4,7 +4,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qjax.blockwise import Block, Blockwise, Channels, Fold, Stream
+from qjax import kv_cache
+from qjax.blockwise import Block, Blockwise, Cache, Channels, Fold, Stream
 from qjax_models.config import DecoderConfig
 from qjax_models.decoder import Decoder, DecoderBlock
 
@@ -41,12 +42,30 @@ def blockwise(model: Decoder, length: int) -> Blockwise:
         entrance=("model/embed_tokens",),
         apply=_apply,
         stream=_stream(config),
+        cache=_cache(config),
     )
 
 
 def _apply(block: DecoderBlock, x: Float[Array, "B T D"], context: tuple) -> Float[Array, "B T D"]:
     angles, positions = context
     return block(x, angles, positions)[0]
+
+
+def _cache(config: DecoderConfig) -> Cache | None:
+    if config.kv_cache is None:
+        return None
+    return Cache(
+        scheme=kv_cache.scheme(config.kv_cache),
+        scales=("self_attn/k_scale", "self_attn/v_scale"),
+        kept=_kept,
+    )
+
+
+def _kept(block: DecoderBlock, x: Float[Array, "B T D"], context: tuple) -> tuple[Array, Array]:
+    """The keys and values of a block."""
+    angles, _ = context
+    _, keys, values = block.self_attn.rotated_heads(block.input_layernorm(x), angles)
+    return keys, values
 
 
 def _folds(config: DecoderConfig, layer: int) -> tuple[Fold, ...]:

@@ -10,6 +10,7 @@ The defaults are those of a plain Llama, so a family only states what it does di
 from dataclasses import dataclass
 from typing import Literal
 
+from qjax import kv_cache
 from qjax_models.rope import Rope
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -86,6 +87,8 @@ class DecoderConfig:
     # The inputs of down_proj are turned at run time, as its weights are: what is rounded to 4 bits there
     # has no outliers (QuaRot). No published file says so.
     online_hadamard: bool = False
+    # How keys and values are kept, one of `qjax.kv_cache.SCHEMES`; None: as they are.
+    kv_cache: str | None = None
 
     rope: Rope = Rope()
     sliding_rope: Rope | None = None  # of sliding layers; None: the same as `rope`
@@ -106,6 +109,8 @@ class DecoderConfig:
             _require_positive(name, getattr(self, name))
         for name in ("num_kv_heads", "head_size", "max_positions"):
             _require_positive(name, getattr(self, name))
+        if self.kv_cache is not None:
+            kv_cache.scheme(self.kv_cache)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"

@@ -8,12 +8,15 @@ A parameter's path is its Hugging Face tensor name: `model/layers/0/self_attn/q_
 transpose of `model.layers.0.self_attn.q_proj.weight`.
 """
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qjax import ops
+from qjax.nnx_layers import named_variables
 from qjax_models.attention import AttentionImplementation
 from qjax_models.cache import KVCache, LayerKV
 from qjax_models.config import DecoderConfig
@@ -156,6 +159,33 @@ class Decoder(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
+
+    def reconfigured(self, config: DecoderConfig) -> "Decoder":
+        """A decoder of another configuration that shares this one's arrays, where both have them.
+
+        What only the other has is a shape.
+        """
+        result = Decoder.abstract(
+            config,
+            compute_dtype=self.model.activations,
+            attention=self.model.layers[0].self_attn.implementation,
+        )
+        ours = named_variables(self)
+        for path, variable in named_variables(result).items():
+            if path in ours:
+                variable.set_value(ours[path].get_value())
+        return result
+
+    def with_kv_cache(self, scheme: str) -> "Decoder":
+        """The same decoder, which will keep keys and values in few bits once their scales are found.
+
+        Args:
+            scheme: one of `qjax.kv_cache.SCHEMES`; `qjax.quantize_sequentially` finds the scales.
+
+        Raises:
+            ValueError: there is no such scheme.
+        """
+        return self.reconfigured(replace(self.config, kv_cache=scheme))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the token after each token, in float32."""

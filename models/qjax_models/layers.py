@@ -14,15 +14,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from qjax import ops
+from qjax import kv_cache, ops
 from qjax.algorithms import rotation
+from qjax.kv_cache import CacheScale
 from qjax_models.attention import (
     AttentionImplementation,
     ScoreRule,
     cached_attention,
     causal_attention,
 )
-from qjax_models.cache import LayerKV
+from qjax_models.cache import CacheScales, LayerKV
 from qjax_models.config import Activation, DecoderConfig
 from qjax_models.rope import Rotation, rotate
 
@@ -126,6 +127,8 @@ class Attention(nnx.Module):
         if config.query_key_norm:
             self.q_norm = RMSNorm(config.head_size, config, numerics)
             self.k_norm = RMSNorm(config.head_size, config, numerics)
+        if config.kv_cache is not None:
+            self.k_scale, self.v_scale = CacheScale(None), CacheScale(None)
 
     def __call__(
         self,
@@ -145,15 +148,35 @@ class Attention(nnx.Module):
         Returns:
             The mixed features, and the layer's keys and values: of x alone, or of the whole cache.
         """
-        queries, keys, values = self._heads(x)
-        queries, keys = rotate(queries, angles), rotate(keys, angles)
+        queries, keys, values = self.rotated_heads(x, angles)
+        scales = self._cache_scales()
         new = LayerKV(_head_major(keys), _head_major(values))
+        if scales is not None:
+            new = new.encoded(scales)
         if cached is None:
+            if scales is not None:  # what a whole sequence sees is what later tokens will
+                keys, values = scales.rounded(keys, values)
             mixed = causal_attention(queries, keys, values, self.rule, self.implementation)
         else:
             new = cached.write(new, positions)
-            mixed = cached_attention(queries, new.keys, new.values, positions, self.rule)
+            held = new if scales is None else new.decoded(scales, queries.dtype)
+            mixed = cached_attention(queries, held.keys, held.values, positions, self.rule)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), new
+
+    def rotated_heads(
+        self, x: Float[Array, "B T D"], angles: Rotation
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values of tokens, the first two rotated by their positions."""
+        queries, keys, values = self._heads(x)
+        return rotate(queries, angles), rotate(keys, angles), values
+
+    def _cache_scales(self) -> CacheScales | None:
+        """How keys and values are kept; None: as they are, for now or for ever."""
+        if self.config.kv_cache is None or self.k_scale.get_value() is None:
+            return None
+        return CacheScales(
+            self.k_scale[...], self.v_scale[...], kv_cache.scheme(self.config.kv_cache)
+        )
 
     def _heads(
         self, x: Float[Array, "B T D"]

@@ -21,15 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.algorithms import rotation
-from qjax.nnx_layers import named_variables, quantized_layers
+from qjax.nnx_layers import quantized_layers
 from qjax.scheme import Recipe
 from qjax_models.config import DecoderConfig
 from qjax_models.decoder import Decoder
 from qjax_models.experts import ExpertsBlock
 
 Weight = TypeVar("Weight", jax.Array, jax.ShapeDtypeStruct)
-
-_TABLE = "model/embed_tokens/embedding"
 
 
 def rotatable(model: Decoder, recipe: str | Recipe) -> Decoder:
@@ -57,15 +55,10 @@ def rotatable(model: Decoder, recipe: str | Recipe) -> Decoder:
     config = replace(model.config, tied_embeddings=False, online_hadamard=online)
     if config == model.config:
         return model
-    result = Decoder.abstract(
-        config,
-        compute_dtype=model.model.activations,
-        attention=model.model.layers[0].self_attn.implementation,
-    )
-    ours = named_variables(model)
-    for path, variable in named_variables(result).items():
-        weight = ours[path].get_value() if path in ours else _transposed(ours[_TABLE].get_value())
-        variable.set_value(weight)
+    result = model.reconfigured(config)
+    if model.config.tied_embeddings:
+        table = model.model.embed_tokens.embedding.get_value()
+        result.lm_head.kernel.set_value(_transposed(table))
     if online and not model.config.online_hadamard:
         for block in result.model.layers:
             assert not isinstance(block, ExpertsBlock)  # see _check_rotatable

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from qjax import formats, nnx_layers, ops
+from qjax import formats, kv_cache, nnx_layers, ops
 from qjax.qtensor import QTensor
 from qjax_checkpoints.load import load
 from qjax_cli.console import Console, table
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         "layers": layers,
         "bytes": total,
         "bits_per_weight": 8 * sum(layer["bytes"] for layer in layers) / weights,
+        "kv_cache": checkpoint.model.config.kv_cache,
+        "cache_scales": _cache_scales(checkpoint.model),
         "notes": list(checkpoint.notes),
     }
     rows = [
@@ -54,8 +56,16 @@ def run(args: argparse.Namespace, console: Console) -> None:
         f"{values['bits_per_weight']:.3f} bits a weight"
     )
     summary += _static_inputs([s for layer in layers if (s := layer["input_scale"]) is not None])
+    if values["kv_cache"] is not None:
+        least, most = min(values["cache_scales"].values()), max(values["cache_scales"].values())
+        summary += f"; keys and values are kept as {values['kv_cache']}, {least:.3g} to {most:.3g}"
     headings = ("layer", "scheme", "shape", "bytes", "bits", "runs here as")
     console.result(values, table(headings, rows, left=2), summary, *checkpoint.notes)
+
+
+def _cache_scales(model: nnx.Module) -> dict[str, float]:
+    """The scales by which keys and values are kept."""
+    return {path: float(s.get_value()[0]) for path, s in kv_cache.scales_of(model).items()}
 
 
 def _static_inputs(scales: list[float]) -> str:

@@ -45,7 +45,7 @@ import numpy as np
 from jaxtyping import Int
 
 import qjax
-from qjax import method
+from qjax import kv_cache, method
 from qjax.budget import CANDIDATES
 from qjax.observation import ExpertTokens
 from qjax.report import QuantizationReport
@@ -126,6 +126,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "over the text as a block has inputs (4; of a mixture, 2 and 2 for each expert)",
     )
     parser.add_argument(
+        "--kv-cache",
+        choices=tuple(kv_cache.SCHEMES),
+        help="keep keys and values in 8 bits, too, by a scale for all keys of a layer and one for all "
+        "values, from calibration (default: as they are)",
+    )
+    parser.add_argument(
         "--format",
         choices=("compressed-tensors", "orbax"),
         default="compressed-tensors",
@@ -179,10 +185,16 @@ def _streamed(
 ) -> QuantizationReport:
     """Part by part, from directory to directory."""
     plain = abstract_plain(source)
-    model = _prepared(plain, plan, how)
+    model = _prepared(args, plain, plan, how)
     tokens = _tokens(args, model.config)
     identity = streaming.identify(
-        source, plan, how, tokens, experts=args.experts, true_sequential=args.true_sequential
+        source,
+        plan,
+        how,
+        tokens,
+        experts=args.experts,
+        true_sequential=args.true_sequential,
+        kv_cache=args.kv_cache,
     )
     if args.resume and (report := streaming.completed(args.output, identity)):
         return report
@@ -217,7 +229,7 @@ def _in_memory(
         choice = budget.choose(args, source.model, tokens, how, console)
         console.note(budget.shown(choice))
         plan = choice.recipe
-    model = _prepared(source.model, plan, how)
+    model = _prepared(args, source.model, plan, how)
     check_format(model, plan, args.format)
     _note_untied(source.model, model, console)
     model, report = _quantized(args, model, tokens, plan, how, console)
@@ -230,8 +242,10 @@ def _as_json(report: QuantizationReport, choice: qjax.Choice | None) -> dict[str
     return report.as_json() | ({} if choice is None else {"choice": choice.as_json()})
 
 
-def _prepared(model: Decoder, plan: Plan, how: qjax.Method) -> Decoder:
-    """The model in the form that the method works on."""
+def _prepared(args: argparse.Namespace, model: Decoder, plan: Plan, how: qjax.Method) -> Decoder:
+    """The model in the form that the method works on, with room for the scales of its cache."""
+    if args.kv_cache is not None:
+        model = model.with_kv_cache(args.kv_cache)
     if how.rotated is None:
         return model
     assert isinstance(plan, qjax.Recipe)  # see _method
@@ -258,7 +272,7 @@ def _quantized(
     storage: Storage | None = None,
 ) -> tuple[Decoder, QuantizationReport]:
     what = "quantizing"
-    if how.looks_at_inputs(recipe):
+    if how.looks_at_inputs(recipe) or args.kv_cache is not None:
         what = f"calibrating on {len(tokens)} windows of {tokens.shape[1]} tokens"
     with console.progress(what, 2 * model.config.num_layers) as bar:
         return qjax.quantize_sequentially(
@@ -325,7 +339,13 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
             f"{recipe.static_scheme.name} has input scales from calibration: give text or tokens, "
             "--calib FILE, or take a scheme without -static"
         )
-    if args.calib and not how.looks_at_inputs(recipe) and isinstance(plan, qjax.Recipe):
+    if args.kv_cache is not None:
+        if not args.calib:
+            raise ValueError(
+                f"--kv-cache {args.kv_cache} has scales from calibration: give text or tokens, "
+                "--calib FILE"
+            )
+    elif args.calib and not how.looks_at_inputs(recipe) and isinstance(plan, qjax.Recipe):
         raise ValueError(
             f"--method {how.name} looks at no data: leave out --calib, or take "
             f"{', '.join(name for name in method.names() if calibrated(name))}"

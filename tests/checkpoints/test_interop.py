@@ -14,6 +14,7 @@ from qjax import (
     Recipe,
     calibrate,
     dequantize,
+    kv_cache,
     quantize_model,
     quantize_sequentially,
     quantized,
@@ -193,6 +194,26 @@ def test_static_scales_load_there(pretrained, tmp_path, scheme):
         layer = there.get_submodule(path.replace("/", "."))
         assert layer.input_scale.item() == float(q.input_scale)
         assert layer.quantization_scheme.input_activations.dynamic is False
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_scales_of_the_cache_act_there_as_here(pretrained, tmp_path, family):
+    """compressed-tensors rounds rotated keys, and values, before it hands them to the cache."""
+    checkpoint = load(pretrained(family, head_dim=32))
+    tokens = TOKENS.astype(np.int32)
+    plain, _ = quantize_model(checkpoint.model, "w8a16-channel")
+    model, _ = quantize_sequentially(
+        checkpoint.model.with_kv_cache("kv-fp8-static"), blockwise, tokens[:, :8], "w8a16-channel",
+        method="rtn",
+    )  # fmt: skip
+    save(model, checkpoint, tmp_path / "out", "compressed-tensors")
+    ours, exact = (np.asarray(forward(m, jnp.asarray(tokens))) for m in (model, plain))
+    theirs = torch_logits(tmp_path / "out", torch.float32)
+    assert relative(exact, ours) > 1e-3  # keys and values were rounded indeed
+    assert relative(theirs, ours) < 0.1 * relative(exact, ours)  # but for what lies on a tie
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for path, scale in kv_cache.scales_of(model).items():
+        assert there.get_parameter(path.replace("/", ".")).item() == float(scale.get_value()[0])
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp8", "mxfp8-a8"])

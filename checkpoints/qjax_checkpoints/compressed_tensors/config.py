@@ -50,11 +50,13 @@ class QuantizationConfig:
     Attributes:
         groups: in file order.
         ignore: layers that stay plain, in the three forms of a target.
+        kv_cache: how keys and values are kept, one of `qjax.kv_cache.SCHEMES`; None: as they are.
         notes: what else it says that is read with a difference, a line each.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
+    kv_cache: str | None
     notes: tuple[str, ...]
 
     def group_of(self, layer: str) -> Group | None:
@@ -113,12 +115,29 @@ def read_config(value: object, where: str) -> QuantizationConfig:
     ignore = value.get("ignore") or []
     if not _are_targets(ignore):
         raise ValueError(f"{where}: quantization_config: ignore must be {_TARGETS}")
-    notes = ("kv_cache_scheme is not used: the cache stays unquantized",)
+    cache = value.get("kv_cache_scheme")
+    kept = _read_cache(where, cache)
     return QuantizationConfig(
         groups=tuple(_read_group(where, name, group) for name, group in groups.items()),
         ignore=tuple(ignore),
-        notes=notes if value.get("kv_cache_scheme") else (),
+        kv_cache=kept,
+        notes=(_EXACT_CACHE,) if cache and kept is None else (),
     )
+
+
+_EXACT_CACHE = "kv_cache_scheme is not used: the cache stays unquantized; only static e4m3 is read"
+_FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+
+
+def _read_cache(where: str, arguments: object) -> str | None:
+    """Returns how keys and values are kept, if it is in a way that there is here."""
+    if not arguments:
+        return None
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}: kv_cache_scheme must be an object, not {shown(arguments)}")
+    fits = all(arguments.get(key, right) == right for key, right in _FP8_CACHE.items())
+    static = not arguments.get("dynamic", False)
+    return "kv-fp8-static" if fits and static and "num_bits" in arguments else None
 
 
 _TARGETS = "a list of layer names, class names and re: patterns"
@@ -222,12 +241,15 @@ def is_dynamic(arguments: Mapping[str, Any] | None) -> bool:
     return arguments is None or arguments.get("dynamic") is True
 
 
-def write_config(layers: Mapping[str, QTensor], unquantized: Iterable[str]) -> dict[str, Any]:
+def write_config(
+    layers: Mapping[str, QTensor], unquantized: Iterable[str], kv_cache: str | None = None
+) -> dict[str, Any]:
     """Returns the `quantization_config` of a model.
 
     Args:
         layers: the quantized layers by their dotted name.
         unquantized: every other linear layer, by its dotted name.
+        kv_cache: how keys and values are kept, one of `qjax.kv_cache.SCHEMES`; None: as they are.
 
     Raises:
         ValueError: a layer that no format holds; without the layer's name.
@@ -244,13 +266,16 @@ def write_config(layers: Mapping[str, QTensor], unquantized: Iterable[str]) -> d
     if len(held) > 1:
         for group, names in zip(groups.values(), members.values(), strict=True):
             group["format"] = layouts.format_of(layers[names[0]])
-    return {
+    config = {
         "quant_method": METHOD,
         "format": held.pop() if len(held) == 1 else _MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(unquantized),
     }
+    if kv_cache is not None:
+        config["kv_cache_scheme"] = _FP8_CACHE | {"dynamic": False}
+    return config
 
 
 def _group(q: QTensor) -> dict[str, Any]:

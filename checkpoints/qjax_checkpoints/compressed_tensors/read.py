@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qjax import formats, nnx_layers
+from qjax import formats, kv_cache, nnx_layers
 from qjax.nnx_layers import named_variables
 from qjax.qtensor import QTensor
 from qjax_checkpoints.compressed_tensors import layouts
@@ -46,7 +46,7 @@ _SUFFIXES = (
     "weight_g_idx",
     "input_scale",
 )
-# Of static activations as they are not read, and of the KV cache: not used, and said so in the notes.
+# Of static activations and of the KV cache as they are not read: not used, and said so in the notes.
 _UNUSED = (
     ".input_scale",
     ".input_zero_point",
@@ -83,14 +83,20 @@ def load_compressed(
             message names the layer.
     """
     config = read_config(directory.config["quantization_config"], str(directory.path))
-    model = abstract_model(directory, dtype)
+    config = _with_scales_of_cache(config, directory)
+    model = abstract_model(directory, dtype, config.kv_cache)
+    kv_cache.expect(model)
     parts = _parts(_quantized_layers(directory))
     plain = {name: value for name, value in hf_tensors(model).items() if name not in parts}
     check_stored(
         model,
         directory,
         wanted=plain,
-        names=[name for name in directory if name not in parts and not name.endswith(_UNUSED)],
+        names=[
+            name
+            for name in directory
+            if name in plain or (name not in parts and not name.endswith(_UNUSED))
+        ],
     )
     static = fill_compressed(model, directory, config, dtype)
     notes = list(config.notes)
@@ -100,6 +106,16 @@ def load_compressed(
             "their inputs are quantized from their own values"
         )
     return model, tuple(notes)
+
+
+def _with_scales_of_cache(
+    config: QuantizationConfig, directory: ModelDirectory
+) -> QuantizationConfig:
+    """Leaves the cache as it is where the directory has no scale for it."""
+    if config.kv_cache is None or any(name.endswith(".k_scale") for name in directory):
+        return config
+    note = "kv_cache_scheme is not used, for there are no scales: the cache stays unquantized"
+    return dataclasses.replace(config, kv_cache=None, notes=(*config.notes, note))
 
 
 def fill_compressed(

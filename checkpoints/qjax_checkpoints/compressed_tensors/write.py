@@ -8,7 +8,7 @@ from flax import nnx
 from qjax import QTensor, nnx_layers
 from qjax_checkpoints.compressed_tensors import layouts
 from qjax_checkpoints.compressed_tensors.config import write_config
-from qjax_checkpoints.parameters import pending_parameter, stored_values
+from qjax_checkpoints.parameters import check_found, pending_parameter, stored_values
 from qjax_checkpoints.shards import PendingTensor
 from qjax_models import Decoder
 
@@ -29,7 +29,7 @@ def compressed(model: Decoder) -> tuple[dict[str, PendingTensor], dict[str, Any]
     tensors, layers = encoded(model)
     if not layers:
         raise ValueError("no layer is quantized; --format dense writes a plain model")
-    return tensors, write_config(layers, _plain_layers(model, layers))
+    return tensors, write_config(layers, _plain_layers(model, layers), model.config.kv_cache)
 
 
 def encoded(
@@ -42,7 +42,8 @@ def encoded(
         prefix: the module's path and a slash; empty for a decoder.
 
     Raises:
-        ValueError: a layer is quantized in a way that no format holds; the message names it.
+        ValueError: a layer is quantized in a way that no format holds, or a scale of the cache has not
+            been found; the message names it.
     """
     tensors: dict[str, PendingTensor] = {}
     layers: dict[str, QTensor] = {}
@@ -53,6 +54,7 @@ def encoded(
             check_held(layer, value)
             tensors |= {f"{layer}.{key}": part for key, part in layouts.encode(value).items()}
         else:
+            check_found(name, value)
             tensors[name] = pending_parameter(value, layout)
     return tensors, layers
 

@@ -290,13 +290,13 @@ def test_static_scales_and_cache_scales_are_noted(write, assert_same_model):
     change_config(
         path,
         config_groups={"g": group | {"input_activations": static}},
-        kv_cache_scheme={"num_bits": 8, "type": "float"},
+        kv_cache_scheme={"num_bits": 8, "type": "float", "dynamic": True},
     )
     one = np.ones(1, np.float32)
     change_tensors(path, **{f"{Q_PROJ}.input_scale": one, "model.layers.0.self_attn.k_scale": one})
     checkpoint = load(path)
     assert checkpoint.notes == (
-        "kv_cache_scheme is not used: the cache stays unquantized",
+        "kv_cache_scheme is not used: the cache stays unquantized; only static e4m3 is read",
         "14 layers are said to have static input scales, but there is not one for all inputs: "
         "their inputs are quantized from their own values",
     )

@@ -51,6 +51,12 @@ def quantize(qjax, source, tmp_path):
     return run
 
 
+def test_scales_of_the_cache_need_text(quantize):
+    fails(quantize("w8a16-g32", "--kv-cache", "kv-fp8-static"), "kv-fp8-static", "--calib FILE")
+    outcome = quantize("w8a16-g32", "--kv-cache", "kv-int4")
+    assert outcome.status == 2 and "invalid choice: 'kv-int4'" in outcome.err
+
+
 def test_no_such_directory(qjax, tmp_path):
     for command in (["inspect"], ["generate", "--prompt", "x"], ["eval", "--tokens", "t.npy"]):
         fails(qjax(*command, tmp_path / "nowhere"), "nowhere")

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values in e4m3: scales of what quantized blocks give, and one result however tokens come."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qjax import Method, Recipe, kv_cache, nnx_layers, quantize_sequentially
+from qjax_models import Decoder, DecoderConfig, blockwise, rotatable
+from qjax_models.config import ExpertsConfig
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "mlp_size": 48, "num_layers": 2, "num_heads": 4,
+    "num_kv_heads": 2, "head_size": 8, "max_positions": 128, "initializer_std": 0.3,
+}  # fmt: skip
+FAMILIES = {
+    "llama": {},
+    "phi3": {"fused_projections": True},
+    "qwen3": {"query_key_norm": True},
+    "gemma2": {"post_norms": True, "norm_offset": 1.0, "attention_softcap": 20.0,
+               "sliding_layers": (0,), "sliding_window": 5},
+    "mixtral": {"experts": ExpertsConfig(count=4, per_token=2, mlp_size=48, normalized=True)},
+}  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(0, 64, (10, 24)).astype(np.int32)
+SEQUENCES = jnp.asarray(TOKENS)
+KV = "kv-fp8-static"
+
+
+def decoder(family: str = "llama", **options) -> Decoder:
+    return Decoder(DecoderConfig(**SIZES, **FAMILIES[family]), rngs=nnx.Rngs(0), **options)
+
+
+def calibrated(model: Decoder, scheme="w8a16-channel", method="rtn", **options) -> Decoder:
+    model = model.with_kv_cache(KV)
+    return quantize_sequentially(model, blockwise, TOKENS, scheme, method=method, **options)[0]
+
+
+def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return jnp.clip(x / scale, -448, 448).astype(jnp.float8_e4m3fn).astype(x.dtype) * scale
+
+
+@nnx.jit
+def by_hand(model: Decoder) -> tuple[jax.Array, list[jax.Array]]:
+    """Logits of attention over rounded keys and values, written out; and the largest of them."""
+    config, length = model.config, SEQUENCES.shape[1]
+    chain = blockwise(model, length)
+    x, largest = model.model.embed(SEQUENCES), []
+    for index, block in enumerate(model.model.layers):
+        (angles, _), attention = chain.blocks[index].context, block.self_attn
+        queries, keys, values = attention.rotated_heads(block.input_layernorm(x), angles)
+        largest += [jnp.abs(keys).max(), jnp.abs(values).max()]
+        keys = rounded(keys, attention.k_scale[0])
+        values = rounded(values, attention.v_scale[0])
+        keys, values = (jnp.repeat(a, config.queries_per_kv_head, axis=2) for a in (keys, values))
+        scores = jnp.einsum("btnh,bsnh->bnts", queries, keys) * config.attention_scale
+        if cap := config.attention_softcap:
+            scores = cap * jnp.tanh(scores / cap)
+        behind = np.arange(length)[:, None] - np.arange(length)
+        visible = (behind >= 0) & (behind < (config.window(index) or length))
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        mixed = jnp.einsum("bnts,bsnh->btnh", weights, values)
+        mixed = attention.o_proj(mixed.reshape(*mixed.shape[:2], -1))
+        if config.post_norms:
+            x = x + block.post_attention_layernorm(mixed)
+            inner = block.mlp(block.pre_feedforward_layernorm(x))
+            x = x + block.post_feedforward_layernorm(inner)
+        else:
+            x = x + mixed
+            x = x + block.transform(block.post_attention_layernorm(x))
+    return model.logits(model.model.norm(x)), largest
+
+
+pytestmark = pytest.mark.one_version
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_and_logits_written_out(family):
+    model = calibrated(decoder(family))
+    expected, largest = by_hand(model)
+    scales = [float(s.get_value()[0]) for s in kv_cache.scales_of(model).values()]
+    np.testing.assert_allclose(scales, np.array(largest) / 448, rtol=1e-4)
+    assert len(set(scales)) == 2 * model.config.num_layers
+    logits = nnx.jit(Decoder.__call__)(model, SEQUENCES)
+    # A code may fall to the other side of its tie where sums are taken in another order.
+    np.testing.assert_allclose(logits, expected, atol=0.03 * float(jnp.abs(expected).max()))
+    assert np.median(np.abs(logits - expected)) < 1e-5 * float(jnp.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_token_by_token_gives_what_the_whole_sequence_does(family):
+    model = calibrated(decoder(family))
+    whole = model.hidden(SEQUENCES)
+    prompt = 10
+    hidden, cache = model.prefill(SEQUENCES[:, :prompt], jnp.full(len(TOKENS), prompt), 30)
+    steps = [hidden]
+    for t in range(prompt, TOKENS.shape[1]):
+        hidden, cache = model.extend(SEQUENCES[:, t : t + 1], cache)
+        steps.append(hidden)
+    assert {a.dtype.name for a in jax.tree.leaves(cache.layers)} == {"float8_e4m3fn"}
+    stepwise = np.concatenate(steps, axis=1)
+    assert np.median(np.abs(stepwise - whole)) < 1e-5 * float(jnp.abs(whole).max())
+    np.testing.assert_allclose(stepwise, whole, atol=0.03 * float(jnp.abs(whole).max()))
+
+
+def test_the_cache_takes_a_quarter_of_float32():
+    plain = decoder().prefill(SEQUENCES, jnp.full(len(TOKENS), 24), 40)[1].layers
+    coded = calibrated(decoder()).prefill(SEQUENCES, jnp.full(len(TOKENS), 24), 40)[1].layers
+    total = [sum(a.nbytes for a in jax.tree.leaves(layers)) for layers in (plain, coded)]
+    assert total[0] == 4 * total[1]
+
+
+def test_before_calibration_everything_is_as_it_was():
+    model = decoder()
+    waiting = model.with_kv_cache(KV)
+    np.testing.assert_array_equal(waiting(SEQUENCES), model(SEQUENCES))
+    assert waiting.config.kv_cache == KV and model.config.kv_cache is None
+    assert set(kv_cache.scales_of(waiting)) == {
+        f"model/layers/{i}/self_attn/{name}" for i in range(2) for name in ("k_scale", "v_scale")
+    }
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "learned", "rotation+gptq"])
+def test_the_first_block_is_calibrated_on_exact_keys_and_values(method):
+    """Its codes are those of a model without a quantized cache; the next sees what that costs."""
+    model, scheme = decoder(), "w4a16-g16"
+    form = rotatable(model, scheme) if method.startswith("rotation") else model
+    plain = quantize_sequentially(form, blockwise, TOKENS, scheme, method=method)[0]
+    coded = calibrated(form, scheme, method)
+    ours, theirs = (dict(nnx_layers.quantized_layers(m)) for m in (coded, plain))
+    same = {path: np.array_equal(ours[path].codes, theirs[path].codes) for path in ours}
+    assert all(equal for path, equal in same.items() if path.startswith("model/layers/0/"))
+    assert not all(same.values())
+
+
+def test_values_are_scaled_as_their_fold_leaves_them():
+    """AWQ divides values by factors that o_proj takes back: the scale is that of what is kept."""
+    model = calibrated(decoder(), "w4a16-g16", "awq")
+    scales = [float(s.get_value()[0]) for s in kv_cache.scales_of(model).values()]
+    np.testing.assert_allclose(scales, np.array(by_hand(model)[1]) / 448, rtol=1e-4)
+    plain = calibrated(decoder(), "w4a16-g16")
+    unfolded = [float(s.get_value()[0]) for s in kv_cache.scales_of(plain).values()]
+    assert not np.allclose(scales[1::2], unfolded[1::2], rtol=1e-2)
+
+
+def test_keys_of_zeros():
+    model = decoder()
+    for block in model.model.layers:
+        kernel = block.self_attn.k_proj.kernel
+        kernel.set_value(jnp.zeros_like(kernel.get_value()))
+    assert np.isfinite(calibrated(model)(SEQUENCES)).all()
+
+
+def test_a_gradient_passes_through():
+    model = calibrated(decoder(), Recipe.from_json([["lm_head", "w8a16-channel"], [".*", None]]))
+    loss = lambda m: jnp.mean(m(SEQUENCES) ** 2)  # noqa: E731
+    slopes = nnx.grad(loss)(model)
+    exact = nnx.grad(loss)(decoder())
+    ours = slopes["model"]["layers"][0]["self_attn"]["k_proj"]["kernel"].get_value()
+    theirs = exact["model"]["layers"][0]["self_attn"]["k_proj"]["kernel"].get_value()
+    assert float(jnp.abs(ours).max()) > 0
+    assert float(jnp.vdot(ours, theirs) / jnp.linalg.norm(ours) / jnp.linalg.norm(theirs)) > 0.9
+
+
+def test_bfloat16():
+    model = calibrated(decoder(dtype=jnp.bfloat16))
+    assert {s.get_value().dtype for s in kv_cache.scales_of(model).values()} == {
+        jnp.dtype("float32")
+    }
+    whole = model.hidden(SEQUENCES).astype(jnp.float32)
+    _, cache = model.prefill(SEQUENCES[:, :-1], jnp.full(len(TOKENS), 23), 30)
+    last, _ = model.extend(SEQUENCES[:, -1:], cache)
+    error = jnp.linalg.norm(last[:, 0] - whole[:, -1]) / jnp.linalg.norm(whole[:, -1])
+    assert float(error) < 0.05
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="unknown scheme of the cache 'kv-int4'; there are kv-fp8"):
+        decoder().with_kv_cache("kv-int4")
+    waiting = decoder().with_kv_cache(KV)
+    none = np.zeros((0, 1), np.int32)
+    with pytest.raises(ValueError, match="a quantized cache has scales from calibration"):
+        quantize_sequentially(waiting, blockwise, none, "w8a16-channel", method=Method())
+    norm = waiting.model.layers[1].input_layernorm.weight
+    norm.set_value(norm.get_value().at[0].set(jnp.nan))
+    with pytest.raises(ValueError, match="layers/1/self_attn/k_scale: keys or values are not fin"):
+        calibrated(waiting)
