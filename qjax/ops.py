@@ -37,7 +37,7 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, Shaped
 
 from pallas_kernels import device
-from qjax import activations, kernel_products, outliers, qtensor, tiles
+from qjax import activations, kernel_layout, kernel_products, outliers, qtensor, tiles
 from qjax.qtensor import QTensor
 from qjax.subscripts import as_dot_general
 
@@ -233,7 +233,7 @@ def form(w: Any) -> str:
     if w.outliers is not None:
         rest = form(w.replaced(columns=None, outliers=None))
         return f"{rest}; {w.columns.shape[-1]} inputs in {w.outliers.dtype}"
-    if device.is_hopper() and qtensor.why_no_kernel(w) is None:
+    if device.is_hopper() and kernel_layout.why_no_kernel(w) is None:
         once = "" if w.layout else " once prepared"
         most = kernel_products.most_rows(w)
         up_to = "" if most is None else f" up to {most} rows"

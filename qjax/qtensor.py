@@ -30,19 +30,20 @@ class KernelLayout:
     """Leaves arranged for a kernel: :mod:`pallas_kernels.row_blocks`.
 
     Attributes:
-      tokens: dtype that the kernel multiplies with. Scales are pairs of it where it has 16 bits. Where
-        it has 8, those of groups are pairs, all others float32 as the class describes them.
+      tokens: dtype that the kernel multiplies with.
       scale_dtype: of the scales in the plain arrangement, and of pairs.
+      pairs: whether scales are pairs of 16 bits; else float32, as the class describes them.
       version: of the arrangement.
     """
 
     tokens: product.Tokens
     scale_dtype: str
+    pairs: bool
     version: int = row_blocks.VERSION
 
 
 # How a scheme calls the dtypes of scales that are not simply floats.
-_SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
+SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
 
 _LEAVES = (
     "codes", "scale", "zero", "tensor_scale", "input_scale", "columns", "outliers", "layer",
@@ -74,8 +75,8 @@ class QTensor:
       activations: how the other operand of a product is quantized; None leaves it as it is.
       layer: which of stacked layers this array is, whose leaves are those of all of them; None: all.
         Only arranged weights have one: :func:`qjax.scan_layers`.
-      layout: how codes, scale and zero are arranged; None: as described here. :func:`for_kernel` and
-        :func:`plain` go from one to the other.
+      layout: how codes, scale and zero are arranged; None: as described here.
+        :func:`qjax.kernel_layout.for_kernel` and :func:`plain` go from one to the other.
     """
 
     __slots__ = (
@@ -257,7 +258,7 @@ class QTensor:
         whole = {i for i in range(ndim) if self.tile[i] == shape[i]}
         cut = [i for i in range(ndim) if i not in whole and self.tile[i] > 1]
         granularity, group_size = "channel", None
-        scale_format = _SCALE_FORMATS.get(str(self.scale.dtype), "float")
+        scale_format = SCALE_FORMATS.get(str(self.scale.dtype), "float")
         grouped = self.activations.group_size if self.activations else None
         if grouped is not None and self.format.kind == "float" and scale_format == "float":
             # The blocks of a small weight may cover a whole axis and look like channels.
@@ -324,93 +325,11 @@ class QTensor:
         )  # fmt: skip
 
 
-def kernel_tokens(q: QTensor) -> str:
-    """Dtype that a kernel multiplies this weight with: of its scales, or of quantized activations."""
-    if q.layout is not None:
-        return q.layout.tokens
-    return q.activations.format.storage if q.activations else str(q.scale.dtype)
-
-
-def why_no_kernel(q: QTensor) -> str | None:
-    """Why no kernel takes products with this weight, in words; None if one does."""
-    if q.format not in (formats.INT4, formats.INT8, formats.E4M3):
-        return f"the only kernel is for int4, int8 and e4m3 weights, this is {q.scheme.name}"
-    if len(q.tile) != 2 or q.axis != (-2,):
-        return f"it must be a [k, n] weight, summed over k; this has {len(q.tile)} axes"
-    if q.tensor_scale is not None or str(q.scale.dtype) in _SCALE_FORMATS:
-        return f"scales must be floats of 16 or 32 bits, these are {q.scale.dtype}"
-    (k, n), tokens = q.shape[-2:], kernel_tokens(q)
-    if tokens not in product.TOKENS and q.activations is None:
-        return (
-            f"scales are {tokens}, must be bfloat16 or float16 where activations are not quantized"
-        )
-    reason = product.why_not(
-        1, k, n, weights=q.format.storage, tokens=tokens, group_size=q.group_size,
-        has_zeros=q.zero is not None,
-    )  # fmt: skip
-    return reason or _why_not_scales(q)
-
-
-def _why_not_scales(q: QTensor) -> str | None:
-    """Why scales are not those of a kernel, of weights whose dtypes and group are."""
-    (k, n), (_, outputs), by_block = q.shape[-2:], q.tile, _by_block(q)
-    if by_block and outputs != product.BLOCK and outputs < n:
-        return f"scales must be for 128 x 128 weights, these are for tiles of {q.tile}"
-    if not by_block and outputs != 1 and (outputs < n or q.group_size is not None):
-        return f"scales must be per output or one for all, these are for tiles of {q.tile}"
-    if q.activations is None:
-        return None
-    if _in_pairs(q) and str(q.scale.dtype) not in ("bfloat16", "float16"):
-        return f"scales of groups must have 16 bits, these are {q.scale.dtype}"
-    of_tokens, expected = q.activations.group_size, q.group_size if by_block else None
-    of_tokens = None if of_tokens is None or of_tokens >= k else of_tokens
-    if of_tokens != expected:
-        return f"activations have a scale for {of_tokens} inputs, must have one for {expected}; None: all"
-    return None
-
-
-def _by_block(q: QTensor) -> bool:
-    """Whether the kernel wants scales of 128 x 128 weights."""
-    same = q.activations is not None and q.activations.format == q.format
-    return same and q.group_size is not None
-
-
-def _in_pairs(q: QTensor) -> bool:
-    """Whether it wants them in pairs of 16 bits."""
-    return q.activations is None or (q.group_size is not None and not _by_block(q))
-
-
-def for_kernel(q: QTensor) -> QTensor:
-    """The same weight with its leaves arranged for the kernel that multiplies it; as it is if none does.
-
-    To be done once, when a model is loaded: the arrangement is what makes the kernel fast. It is
-    reversible, and whatever writes files writes the plain one.
-
-    >>> import qjax
-    >>> q = for_kernel(qjax.quantize(jnp.ones((128, 32), jnp.bfloat16), "w4a16-g64"))
-    >>> q.codes.shape, q.shape, q.nbytes
-    ((2, 2, 32, 4), (128, 32), 2176)
-    """
-    if q.layout is not None or why_no_kernel(q) is not None:
-        return q
-    tokens, weights = cast(product.Tokens, kernel_tokens(q)), cast(Weights, q.format.storage)
-    codes, scale, zero = quantized_matmul.tiled_codes(q.codes, weights), q.scale, q.zero
-    if _in_pairs(q):
-        # One scale for the whole tensor stands there once for each output.
-        each = jnp.broadcast_to(scale, (*scale.shape[:-1], q.shape[-1]))
-        scale = row_blocks.tile_pairs(each)
-        if zero is not None:
-            zero = jnp.broadcast_to(zero, each.shape)
-            zero = quantized_matmul.pack_zeros(zero, cast(Half, tokens), weights)
-    else:
-        scale = scale.astype(jnp.float32)
-    result = q.replaced(codes=codes, scale=scale, zero=zero)
-    result.layout = KernelLayout(tokens=tokens, scale_dtype=str(q.scale.dtype))
-    return result
-
-
 def plain(q: QTensor) -> QTensor:
-    """The same weight with its leaves as the class describes them: the inverse of :func:`for_kernel`."""
+    """The same weight with its leaves as the class describes them.
+
+    The inverse of :func:`qjax.kernel_layout.for_kernel`.
+    """
     if q.layout is None:
         return q
     q = _taken(q)
@@ -418,7 +337,7 @@ def plain(q: QTensor) -> QTensor:
     weights, dtype = cast(Weights, q.format.storage), jnp.dtype(q.layout.scale_dtype)
     codes = quantized_matmul.plain_codes(q.codes, weights).astype(q.format.storage)
     scale, zero = q.scale, q.zero
-    if _in_pairs(q):
+    if q.layout.pairs:
         # The other way round: of as many equal ones as there are outputs the tensor keeps one.
         held = slice(None) if q.tile[-1] == 1 else slice(1)
         if zero is not None:

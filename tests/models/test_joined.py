@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax import QTensor, Recipe, dequantize, formats, qtensor, quantize_model
+from qjax import QTensor, Recipe, dequantize, formats, kernel_layout, quantize_model
 from qjax.algorithms import llm_int8
 from qjax_models import Decoder, DecoderConfig, Generator, joined
 from qjax_models.joined import is_joined, join_projections
@@ -260,11 +260,11 @@ def test_a_kernel_takes_the_joined_weight_where_it_took_the_parts(scheme):
     model = quantized(wide_decoder(mlp_size=384, hidden_size=256), scheme)
     (block,) = model.model.layers
     separate = weights(block)
-    assert qtensor.why_no_kernel(block.self_attn.k_proj.kernel.get_value()) is None
+    assert kernel_layout.why_no_kernel(block.self_attn.k_proj.kernel.get_value()) is None
     join_projections(model)
     for layer in (block.self_attn.qkv_proj, block.mlp.gate_up_proj):
         q = layer.kernel.get_value()
-        assert q.scheme.name == scheme and qtensor.why_no_kernel(q) is None
+        assert q.scheme.name == scheme and kernel_layout.why_no_kernel(q) is None
     jax.tree.map(np.testing.assert_array_equal, weights(block), separate)
 
 
@@ -279,7 +279,7 @@ def test_weights_arranged_for_a_kernel_stay_apart():
     model = quantized(wide_decoder(), "w4a16-g64")
     (block,) = model.model.layers
     for layer in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
-        layer.kernel.set_value(qtensor.for_kernel(layer.kernel.get_value()))
+        layer.kernel.set_value(kernel_layout.for_kernel(layer.kernel.get_value()))
     join_projections(model)
     assert (block.self_attn.fused, block.mlp.fused) == (False, True)
 
