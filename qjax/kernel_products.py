@@ -104,10 +104,11 @@ def product(
 
     Args:
       x: activations that :func:`why_not` accepts.
-      w: weight, arranged.
+      w: weight, arranged, inputs as they are.
       dtype: of the result.
       many: ``many(x, w, dtype)`` computes the product of more rows than the kernel is for.
     """
+    assert w.order is None
     y: Array = _product(x.reshape(-1, x.shape[-1]), w, dtype, many)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

@@ -5,7 +5,8 @@
 
 One scale serves one *tile*. The tile has a length for each axis: ``(128, 1)`` on an ``[in, out]``
 kernel is a group of 128 along the contraction, ``(in, 1)`` one scale an output channel, ``(in, out)``
-one for the tensor, ``(128, 128)`` a block.
+one for the tensor, ``(128, 128)`` a block. Tiles are runs of the codes; where these have their inputs in
+an order of their own, that order is stored too (:mod:`qjax.input_order`).
 """
 
 import functools
@@ -15,12 +16,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import packing, product, quantized_matmul, row_blocks
 from pallas_kernels.machine import Half
 from pallas_kernels.operands import Weights
-from qjax import formats, outliers, tiles
+from qjax import formats, input_order, outliers, tiles
 from qjax.formats import Format, device_bytes
 from qjax.scheme import ActivationScheme, ScaleFormat, Scheme, WeightScheme
 
@@ -46,7 +47,7 @@ class KernelLayout:
 SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
 
 _LEAVES = (
-    "codes", "scale", "zero", "tensor_scale", "input_scale", "columns", "outliers", "layer",
+    "codes", "scale", "zero", "tensor_scale", "input_scale", "order", "columns", "outliers", "layer",
 )  # fmt: skip
 
 
@@ -66,6 +67,9 @@ class QTensor:
       tensor_scale: float32 scalar over e4m3 scales; else None.
       input_scale: float32 scalar, of all activations, where their scheme is static; None before
         calibration has found it (:func:`qjax.activations.static_scale`), or where it is not.
+      order: int32, one entry an input: which one stands at each place of the codes along the contraction
+        axis, of which there is one then; None: they stand as they are. Codes, scale and zero are in this
+        order; the logical array, columns and outliers are not.
       columns: int32, numbers of the inputs that are held as they are, as :mod:`qjax.outliers` counts
         them, over the whole axis; None: no input is.
       outliers: the weights of those inputs, ``[columns, ...]``, whatever their codes say. A product takes
@@ -81,7 +85,7 @@ class QTensor:
 
     __slots__ = (
         "_dtype", "_shape", "_tile", "activations", "axis", "codes", "columns", "format",
-        "input_scale", "layer", "layout", "outliers", "scale", "tensor_scale", "zero",
+        "input_scale", "layer", "layout", "order", "outliers", "scale", "tensor_scale", "zero",
     )  # fmt: skip
 
     # The leaves are Any on purpose: under transformations JAX puts tracers, shapes or plain
@@ -91,6 +95,7 @@ class QTensor:
     zero: Any
     tensor_scale: Any
     input_scale: Any
+    order: Any
     columns: Any
     outliers: Any
     layer: Any
@@ -107,6 +112,7 @@ class QTensor:
         zero: Any = None,
         tensor_scale: Any = None,
         input_scale: Any = None,
+        order: Any = None,
         columns: Any = None,
         outliers: Any = None,
         layer: Any = None,
@@ -126,6 +132,7 @@ class QTensor:
           zero: one entry a tile, or None.
           tensor_scale: scalar, or None.
           input_scale: scalar, or None.
+          order: the input at each place, or None.
           columns: numbers of inputs, or None.
           outliers: their weights, or None.
           layer: int32 scalar, or None.
@@ -139,7 +146,7 @@ class QTensor:
         """
         self.codes, self.scale, self.zero, self.tensor_scale = codes, scale, zero, tensor_scale
         self.columns, self.outliers, self.layer = columns, outliers, layer
-        self.input_scale = input_scale
+        self.input_scale, self.order = input_scale, order
         self.format, self.axis, self.activations = format, axis, activations
         self.layout = layout
         self._shape, self._tile, self._dtype = tuple(shape), tuple(tile), jnp.dtype(dtype)
@@ -151,6 +158,7 @@ class QTensor:
         zero: Shaped[Array, "..."] | None = None,
         tensor_scale: Float[Array, ""] | None = None,
         *,
+        order: Int[Array, " k"] | None = None,
         format: Format,
         axis: tuple[int, ...],
         tile: tuple[int, ...],
@@ -160,10 +168,12 @@ class QTensor:
         """Stores plain codes, below 8 bits several to a byte.
 
         Args:
-          codes: logical shape; int8 (integers, or indices of a codebook) or an 8-bit float.
+          codes: logical shape; int8 (integers, or indices of a codebook) or an 8-bit float; inputs in the
+            order given.
           scale: ``ceil(shape / tile)`` entries.
           zero: the same shape, int8; None when symmetric.
           tensor_scale: scalar over e4m3 scales, else None.
+          order: the input at each place, each once; None: as they are.
           format: what the codes mean.
           axis: contraction axes.
           tile: tile length for each axis.
@@ -171,7 +181,8 @@ class QTensor:
           activations: how the other operand of a product is quantized.
 
         Raises:
-          ValueError: scale or zero do not have one entry a tile.
+          ValueError: scale or zero do not have one entry a tile, or the order not one an input of a
+            single axis.
         """
         expected = tiles.counts(codes.shape, tile)
         for name, array in (("scale", scale), ("zero", zero)):
@@ -180,12 +191,19 @@ class QTensor:
                     f"{name} has shape {array.shape}; codes {codes.shape} in tiles {tile} "
                     f"need {expected}"
                 )
+        if order is not None:
+            input_order.check_axes(axis)
+            if order.shape != (codes.shape[axis[0]],):
+                raise ValueError(
+                    f"order has shape {order.shape}; there are {codes.shape[axis[0]]} inputs"
+                )
         stored = packing.pack(codes, format.bits) if format.packed else codes.astype(format.storage)
         return QTensor(
             codes=stored,
             scale=scale,
             zero=zero,
             tensor_scale=tensor_scale,
+            order=order,
             format=format,
             axis=tuple(a if a < 0 else a - codes.ndim for a in axis),
             tile=tuple(tile),
@@ -360,7 +378,7 @@ def _taken(q: QTensor) -> QTensor:
 
 
 def unpacked(q: QTensor) -> Shaped[Array, "..."]:
-    """The codes in the logical shape: int8, or an 8-bit float."""
+    """The codes in the logical shape, inputs as they are stored: int8, or an 8-bit float."""
     q = plain(q)
     if not q.format.packed:
         # Codes are no numbers to train, but JAX would give 8-bit floats a gradient.
@@ -369,7 +387,10 @@ def unpacked(q: QTensor) -> Shaped[Array, "..."]:
 
 
 def centred(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "..."]:
-    """``codes - zero`` as values of a float dtype; exact in bfloat16 too for every format but nf4."""
+    """``codes - zero`` as values of a float dtype; exact in bfloat16 too for every format but nf4.
+
+    Inputs stand as they are stored, in the order of the QTensor if it has one.
+    """
     q = plain(q)
     if q.zero is None and q.format.kind != "codebook":
         # One conversion straight from the stored type: XLA fuses it into a dot, a chain it may not.
@@ -393,10 +414,15 @@ def scales(q: QTensor) -> Float[Array, "..."]:
 def dequantize(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
     """The array that the codes stand for: ``(codes - zero) * scale``; outliers as they are.
 
+    Inputs that are stored in an order of their own are put back.
+
     Args:
       q: the quantized array.
       dtype: of the result; the logical dtype if None. The product is taken in float32 and rounded
         once.
+
+    Raises:
+      ValueError: a part of such inputs, as a shard of them is.
 
     Example:
       >>> codes = jnp.array([[1, -2], [3, 4]], jnp.int8)
@@ -407,12 +433,36 @@ def dequantize(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
     """
     factor = tiles.spread(scales(q), q.tile, _tiled_shape(q))
     near = (centred(q) * factor).astype(q.dtype if dtype is None else dtype)
+    if q.order is None and q.outliers is None:
+        return near
+    q = _taken(q)
+    if q.order is not None:
+        check_inputs(q)
+        back = functools.partial(input_order.put_back, axis=q.axis[0])
+        for _ in range(q.order.ndim - 1):
+            back = jax.vmap(back)
+        near = back(near, q.order)
     if q.outliers is None:
         return near
-    q, place = _taken(q), functools.partial(outliers.joined, axes=q.axis)
+    place = functools.partial(outliers.joined, axes=q.axis)
     for _ in range(q.columns.ndim - 1):
         place = jax.vmap(place)
     return place(near, q.columns, q.outliers)
+
+
+def check_inputs(q: QTensor) -> None:
+    """Checks that inputs which stand in an order of their own are all there.
+
+    Raises:
+      ValueError: the codes or the order are cut along them, as by ``jax.shard_map``.
+    """
+    (axis,), held = q.axis, q.order.shape[-1]
+    k, codes = q._shape[axis], q.shape[axis]
+    if not k == held == codes:
+        raise ValueError(
+            f"{q.format.name}{list(q._shape)} has its {k} inputs in an order of their own and can be cut "
+            f"along its outputs alone; this part has {codes} of the inputs, and {held} of their order"
+        )
 
 
 def _tiled_shape(q: QTensor) -> tuple[int, ...]:
