@@ -15,7 +15,7 @@ from flax import nnx
 
 import qjax
 from qjax import QTensor, Recipe, dequantize, formats, kernel_layout, quantize_model
-from qjax.algorithms import llm_int8
+from qjax.algorithms import gptq, llm_int8
 from qjax_models import Decoder, DecoderConfig, Generator, joined
 from qjax_models.joined import is_joined, join_projections
 from qjax_models.rope import rotation
@@ -158,6 +158,34 @@ def test_layers_that_hold_the_same_inputs_as_they_are(goldens):
     block.self_attn.k_proj.kernel.set_value(q.replaced(columns=q.columns.at[0].add(-1)))
     join_projections(apart)
     assert not block.self_attn.fused and block.mlp.fused
+
+
+def test_layers_whose_inputs_are_regrouped_alike(goldens):
+    golden = goldens["qwen2"]
+    model = single_layer(golden)
+    observed = qjax.calibrate(model, [jnp.asarray(golden.tokens)])
+    method = qjax.Method(rounding=gptq.Options(order="regrouped", grids="updated"))
+    model, _ = quantize_model(model, "w4a16-g8-asym", observed, method=method)
+    apart = nnx.clone(model)
+    (block,) = model.model.layers
+    positions = jnp.arange(9)[None]
+    angles = rotation(golden.config.rope, golden.config.head_size, positions, 9)
+    x = jax.random.normal(jax.random.key(0), (2, 9, golden.config.hidden_size))
+    order = block.self_attn.v_proj.kernel.get_value().order
+    separate, expected = weights(block), outputs(block, x, angles, positions)
+    join_projections(model)
+    assert block.self_attn.fused and block.mlp.fused
+    np.testing.assert_array_equal(block.self_attn.qkv_proj.kernel.get_value().order, order)
+    jax.tree.map(np.testing.assert_array_equal, weights(block), separate)
+    assert_close(outputs(block, x, angles, positions), expected)
+
+    (block,) = apart.model.layers
+    q = block.self_attn.k_proj.kernel.get_value()
+    block.self_attn.k_proj.kernel.set_value(q.replaced(order=q.order[::-1]))
+    q = block.mlp.up_proj.kernel.get_value()
+    block.mlp.up_proj.kernel.set_value(q.replaced(order=None))
+    join_projections(apart)
+    assert not block.self_attn.fused and not block.mlp.fused
 
 
 def test_every_layer_is_decided_on_by_itself(goldens):

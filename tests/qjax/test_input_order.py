@@ -140,7 +140,7 @@ def test_stacked_layers(rng):
         qjax.dot_general(jnp.stack([x] * 3), stack, numbers)
     other = jnp.ones((3, 2, 128))  # a batch over its outputs takes the values
     y = qjax.dot_general(other, stack, (((2,), (2,)), ((0,), (0,))))
-    expected = np.einsum("lbn,lkn->lbk", other, dense.astype(np.float32))
+    expected = np.einsum("lbn,lkn->lbk", other, qjax.dequantize(stack, jnp.float32))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
 
 

@@ -51,7 +51,8 @@ def desc_act_loop(w, hessian, scheme: Scheme, grids: str, search: RangeSearch) -
         if i % size == 0:  # the group's turn has come
             source = w if grids == "updated" else original
             members = jnp.asarray(source[:, i : i + size].T, jnp.float32)
-            grid = find_grid(members, scheme.weights, (size, 1), search)
+            theirs = jnp.asarray(hessian[perm][:, perm][i : i + size, i : i + size])
+            grid = find_grid(members, scheme.weights, (size, 1), search, theirs)
             scales.append(np.asarray(grid.scale)[0])
             zeros.append(np.zeros(rows) if grid.zero is None else np.asarray(grid.zero)[0])
         scale, zero = scales[-1].astype(np.float64), zeros[-1].astype(np.float64)
@@ -129,17 +130,27 @@ def test_sizes_that_fill_no_block(k, size, grids, codes_of):
     assert_same(q, desc_act_loop(w, x.T @ x, scheme, grids, ABSMAX), codes_of)
 
 
+@pytest.mark.parametrize("method", ["mse", "output"])
 @pytest.mark.parametrize("grids", ["updated", "original"])
-def test_dead_inputs_and_searched_ranges(grids, codes_of):
+def test_dead_inputs_and_searched_ranges(grids, method, codes_of):
     """A dead input counts as one of mean square one, as in the authors' code, but keeps its weights."""
     x, w = inputs(48), weights(48)
     x[:, [5, 17]] = 0
     hessian = x.T @ x
     assert (np.diag(hessian)[np.diag(hessian) > 0] > 1).all()
-    scheme, search = Scheme.parse("w3a16-g16-asym"), RangeSearch(method="mse")
+    scheme, search = Scheme.parse("w3a16-g16-asym"), RangeSearch(method=method)
     q = regrouped(w, hessian, scheme, grids, search)
     assert q.order[-2:].tolist() == [5, 17]
     assert_same(q, desc_act_loop(w, hessian, scheme, grids, search), codes_of)
+
+
+def test_dead_inputs_lose_their_weights_where_a_peer_is_matched():
+    x, w = inputs(48), weights(48)
+    x[:, [5, 17]] = 0
+    options = gptq.Options(order="regrouped", exact_peer=True)
+    factor = gptq.factor(jnp.asarray(x.T @ x), options, 16)
+    near = qjax.dequantize(gptq.quantize(jnp.asarray(w), "w4a16-g16", factor, options=options))
+    assert np.flatnonzero(~np.asarray(near).any(axis=1)).tolist() == [5, 17]
 
 
 def test_one_scale_for_all_inputs_is_the_order_by_activity():
