@@ -65,10 +65,10 @@ class Options:
         nothing more has to be stored ("static" act-order; GPTQModel calls the last group-aware).
         Or "regrouped": those of large mean square first, and each group is a run of that order, inputs
         that matter alike. It is what the authors' code does under ``act_order`` without static groups,
-        files call ``desc_act`` and compressed-tensors ``actorder: group``. Which inputs are in a group
-        has to be stored (their ``g_idx``, here ``QTensor.order``), products take their input in that
-        order, and no current release of compressed-tensors or vLLM reads it. Where one scale serves
-        all inputs it is the same as "by-activity".
+        what files call ``desc_act`` and compressed-tensors ``actorder: group``. Which inputs are in a
+        group has to be stored (their ``g_idx``, here ``QTensor.order``), products take their input in
+        that order, and no current release of compressed-tensors or vLLM reads it. Where one scale
+        serves all inputs it is the same as "by-activity".
       grids: whether a tile's scale and zero come from the original weights, or from what the weights
         have become when the first input of the tile is reached, as in the paper. The second is for
         groups and channels, in an order that takes the inputs of a group one after the other.
