@@ -17,7 +17,7 @@ from pallas_kernels.machine import Half
 from pallas_kernels.operands import Weights
 from pallas_kernels.product import MOST_RESULTS, Product
 from pallas_kernels.quantized_matmul import quantized_matmul
-from qjax import activations, qtensor
+from qjax import activations, kernel_layout, qtensor
 from qjax.qtensor import QTensor
 
 Tree = TypeVar("Tree")
@@ -26,8 +26,9 @@ Tree = TypeVar("Tree")
 def prepare(tree: Tree) -> Tree:
     """Arranges the weights of a model for the kernels of this machine; once, when it is loaded.
 
-    On a Hopper GPU every QTensor that a kernel takes is rearranged (:func:`qjax.qtensor.for_kernel`); all
-    else, and everything on other machines, stays as it is. The result computes the same.
+    On a Hopper GPU every QTensor that a kernel takes is rearranged
+    (:func:`qjax.kernel_layout.for_kernel`); all else, and everything on other machines, stays as it is.
+    The result computes the same.
 
     Args:
       tree: an ``nnx.State``, a QTensor, or any pytree that holds some.
@@ -39,7 +40,7 @@ def prepare(tree: Tree) -> Tree:
     if not device.is_hopper():
         return tree
     return jax.tree.map(
-        lambda leaf: qtensor.for_kernel(leaf) if isinstance(leaf, QTensor) else leaf,
+        lambda leaf: kernel_layout.for_kernel(leaf) if isinstance(leaf, QTensor) else leaf,
         tree,
         is_leaf=lambda leaf: isinstance(leaf, QTensor),
     )
@@ -56,7 +57,7 @@ def why_not(x: Any, w: Any, numbers: Any) -> str | None:
     if not isinstance(w, QTensor):
         return "the weight is not quantized"
     if w.layout is None:
-        reason = qtensor.why_no_kernel(w)
+        reason = kernel_layout.why_no_kernel(w)
         return reason or "the weight is not arranged for the kernel: qjax.prepare does that"
     if not device.is_hopper():
         return f"it runs on Hopper GPUs, this is {jax.devices()[0].device_kind}"
@@ -77,13 +78,13 @@ def most_rows(w: QTensor) -> int | None:
     """Rows of activations up to which a kernel is faster than XLA; None: however many.
 
     Args:
-      w: weight that a kernel takes (:func:`qjax.qtensor.why_no_kernel`), arranged or not.
+      w: weight that a kernel takes (:func:`qjax.kernel_layout.why_no_kernel`), arranged or not.
     """
     k, n = w.shape[-2:]
     return configs.most_tokens(
         Product(
             m=1, k=k, n=n, group_size=w.group_size, weights=cast(Weights, w.format.storage),
-            tokens=cast(Any, qtensor.kernel_tokens(w)),
+            tokens=cast(Any, kernel_layout.kernel_tokens(w)),
         )
     )  # fmt: skip
 
@@ -103,10 +104,11 @@ def product(
 
     Args:
       x: activations that :func:`why_not` accepts.
-      w: weight, arranged.
+      w: weight, arranged, inputs as they are.
       dtype: of the result.
       many: ``many(x, w, dtype)`` computes the product of more rows than the kernel is for.
     """
+    assert w.order is None
     y: Array = _product(x.reshape(-1, x.shape[-1]), w, dtype, many)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

@@ -57,7 +57,8 @@ class Method:
         other algorithm would change weights that have no codes.
 
     Raises:
-      ValueError: outliers are kept, and another algorithm is to be run.
+      ValueError: outliers are kept, and another algorithm is to be run; or GPTQ regroups inputs, which
+        nothing can be learned from.
     """
 
     rotated: rotation.Options | None = None
@@ -71,6 +72,11 @@ class Method:
         if self.outliers and (self.rotated or self.rescaling or self.rounding or self.learned):
             raise ValueError(
                 f"llm-int8 stands by itself and is no link of a chain, got {self.name}"
+            )
+        if self.learned and self.rounding and self.rounding.order == "regrouped":
+            raise ValueError(
+                "weights that GPTQ has regrouped cannot be learned from: take another order than "
+                "'regrouped'"
             )
 
     @property

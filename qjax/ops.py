@@ -14,6 +14,8 @@ groups or blocks   as they are                 ``dot(x, dequantize(w))``
                    per token                   ``dot(codes, dequantize(w)) * scale``
 any                in groups (fp8-block, mx)   ``dot(dequantize(x), dequantize(w))``
 any, and outliers  any                         as above without them, plus their ``dot`` as floats
+any, with inputs   any                         as above, of ``x`` with its inputs in that order
+in their own order
 groups, on a GPU   as they are, few rows       ``sum(dot(x, codes) by group * scale)``: `few_rows`
 =================  ==========================  =====================================================
 
@@ -37,7 +39,8 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, Shaped
 
 from pallas_kernels import device
-from qjax import activations, kernel_products, outliers, qtensor, tiles
+from qjax import activations, input_order, kernel_layout, kernel_products, outliers, qtensor, tiles
+from qjax.float_dot import doubled, float_dot
 from qjax.qtensor import QTensor
 from qjax.subscripts import as_dot_general
 
@@ -115,7 +118,8 @@ def dot_general(
       NotImplementedError: ``"pallas"``, and no kernel takes the product; the message says why, in
         numbers.
       ValueError: axes that belong together differ in length; or activations are to be quantized, but
-        the weight was not quantized along the axes that this product sums over.
+        the weight was not quantized along the axes that this product sums over; or its inputs stand in
+        an order of their own, and it is one of a batch or a part of its inputs.
     """
     if implementation not in ("auto", "xla", "pallas"):
         raise ValueError(f"{implementation=}: must be 'auto', 'xla' or 'pallas'")
@@ -126,6 +130,8 @@ def dot_general(
         raise NotImplementedError("out_sharding with a QTensor: constrain the result instead")
     if isinstance(w, QTensor) and w.outliers is not None:
         return _in_two_parts(x, w, numbers, precision, implementation).astype(dtype)
+    if isinstance(w, QTensor) and w.order is not None:
+        x, w = _in_order(x, w, numbers)
     if implementation != "xla":
         reason = kernel_products.why_not(x, w, numbers)
         if reason is None and isinstance(w, QTensor):
@@ -138,7 +144,7 @@ def dot_general(
     if isinstance(w, QTensor):
         w = qtensor.plain(w)
     if not isinstance(w, QTensor):
-        return _float_dot(x, w, numbers, precision, dtype, out_sharding)
+        return float_dot(x, w, numbers, precision, dtype, out_sharding)
     if w.activations is not None:
         _check_quantized_axes(w, numbers)
         y: Array = _both_quantized(x, w, numbers, precision)
@@ -193,11 +199,15 @@ def take(
 ) -> Float[Array, "*ids d"]:
     """Rows of an embedding table; of a quantized one, only the rows asked for are dequantized.
 
+    A table whose inputs stand in an order of their own is dequantized as a whole.
+
     >>> take(jnp.arange(6.0).reshape(3, 2), jnp.array([2])).tolist()
     [[4.0, 5.0]]
     """
     if not isinstance(table, QTensor):
         return jnp.take(table, ids, axis=0)
+    if table.order is not None:
+        return jnp.take(qtensor.dequantize(table), ids, axis=0)
     tile_rows, tile_columns = table.tile
     ids = jnp.where(ids < 0, ids + table.shape[0], ids)  # as jnp.take counts them
     tile_ids = ids // tile_rows
@@ -233,7 +243,9 @@ def form(w: Any) -> str:
     if w.outliers is not None:
         rest = form(w.replaced(columns=None, outliers=None))
         return f"{rest}; {w.columns.shape[-1]} inputs in {w.outliers.dtype}"
-    if device.is_hopper() and qtensor.why_no_kernel(w) is None:
+    if w.order is not None:
+        return f"{form(w.replaced(order=None))}; inputs in the order of their groups"
+    if device.is_hopper() and kernel_layout.why_no_kernel(w) is None:
         once = "" if w.layout else " once prepared"
         most = kernel_products.most_rows(w)
         up_to = "" if most is None else f" up to {most} rows"
@@ -264,14 +276,14 @@ def _through_xla(x: Float[Array, "m k"], w: QTensor, dtype: Any) -> Float[Array,
 
 def _weight_only(x, w: QTensor, numbers, precision) -> Float[Array, "..."]:
     if not _sums_over_quantized_axes(w, numbers):
-        return _float_dot(x, qtensor.dequantize(w, x.dtype), numbers, precision)
+        return float_dot(x, qtensor.dequantize(w, x.dtype), numbers, precision)
     if jax.default_backend() == "gpu" and _is_few_rows(x, w, numbers):
         return few_rows(x, w, numbers, precision)
     if not w.scaled_per_contraction:
-        return _float_dot(x, qtensor.dequantize(w, x.dtype), numbers, precision)
+        return float_dot(x, qtensor.dequantize(w, x.dtype), numbers, precision)
     # codes - zero is a whole number below 256, or an 8-bit float: exact in x's dtype. (nf4's values
     # are not; they are rounded to it as a dequantized weight would be.)
-    y = _float_dot(x, qtensor.centred(w, x.dtype), numbers, precision)
+    y = float_dot(x, qtensor.centred(w, x.dtype), numbers, precision)
     return y * _beside_result(_free_scales(w), x.ndim, numbers)
 
 
@@ -288,13 +300,14 @@ def few_rows(x, w: QTensor, numbers: DimensionNumbers, precision: Any) -> Float[
 
     Args:
       x: activations.
-      w: weight, summed over the one axis that it was quantized along.
+      w: weight, summed over the one axis that it was quantized along, inputs as they are.
       numbers: as in ``jax.lax.dot_general``, normalized; no batch axes.
       precision: as in ``jax.lax``.
 
     Returns:
       The float32 product: free axes of ``x``, then of ``w``.
     """
+    assert w.order is None
     ((x_axis,), (axis,)), _ = numbers
     length, groups = w.shape[axis], w.scale.shape[axis]
     rows = jnp.moveaxis(x, x_axis, -1)
@@ -305,7 +318,7 @@ def few_rows(x, w: QTensor, numbers: DimensionNumbers, precision: Any) -> Float[
     by_group = *w.shape[:axis], groups, length // groups, *w.shape[axis + 1 :]
     codes = lax.stop_gradient(w.codes).astype(x.dtype).reshape(by_group)
     group_numbers = (((2,), (axis + 1,)), ((1,), (axis,)))
-    partial = _float_dot(rows, codes, group_numbers, precision)  # [groups, rows, *w free]
+    partial = float_dot(rows, codes, group_numbers, precision)  # [groups, rows, *w free]
 
     def beside_partial(per_tile):
         tile = tuple(1 if i == axis else t for i, t in enumerate(w.tile))
@@ -347,7 +360,26 @@ def _in_two_parts(x, w: QTensor, numbers, precision, implementation) -> Float[Ar
     few, held = (part.astype(jnp.promote_types(x.dtype, held.dtype)) for part in (few, held))
     w = w.replaced(columns=None, outliers=None)
     y = dot_general(rest, w, numbers, precision, jnp.float32, implementation=implementation)
-    return y + _float_dot(few, held, (((0,), (0,)), ((), ())), precision)
+    return y + float_dot(few, held, (((0,), (0,)), ((), ())), precision)
+
+
+def _in_order(x, w: QTensor, numbers) -> tuple[Shaped[Array, "..."], Any]:
+    """Both operands with their inputs in the order of the codes, which need not be known from there on.
+
+    A product that sums over something else takes the weight dequantized, where they are put back.
+    """
+    ((x_axes, w_axes), (batch, _)) = numbers
+    if not _sums_over_quantized_axes(w, numbers):
+        return x, w
+    order = w.order if w.layer is None else w.order[w.layer]
+    if batch or order.ndim != 1:
+        raise ValueError(
+            f"{_describe(w)} has its inputs in an order of their own: it can be multiplied alone, not in "
+            "a batch"
+        )
+    qtensor.check_inputs(w)
+    axis = x_axes[w_axes.index(w.axis[0] % w.ndim)]
+    return input_order.gathered(x, order, axis), w.replaced(order=None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -357,23 +389,23 @@ def _both_quantized(x, w: QTensor, numbers, precision) -> Float[Array, "..."]:
     quantized = activations.quantize(x, w.activations, numbers[0][0], held)
     if quantized.group_size is not None or quantized.format.kind == "codebook":
         near = activations.dequantize(quantized).astype(x.dtype)
-        return _float_dot(near, qtensor.dequantize(w, x.dtype), numbers, precision)
+        return float_dot(near, qtensor.dequantize(w, x.dtype), numbers, precision)
     token_scale = _token_scale(quantized.scale, w.ndim, numbers)
     if not w.scaled_per_contraction:
         codes = quantized.codes.astype(x.dtype)
-        y = _float_dot(codes, qtensor.dequantize(w, x.dtype), numbers, precision)
+        y = float_dot(codes, qtensor.dequantize(w, x.dtype), numbers, precision)
         return y * token_scale
     scale = _beside_result(_free_scales(w), x.ndim, numbers)
     if quantized.format.kind == "float":
         # 8-bit floats are exact in bfloat16. XLA's own e4m3 product is slower for a [k, n] weight on an
         # H200 (80 and 43 us at 16 rows, 422 and 85 at 256; it transposes the weight) and on a CPU.
         codes = quantized.codes.astype(jnp.bfloat16)
-        y = _float_dot(codes, qtensor.centred(w, jnp.bfloat16), numbers, precision)
+        y = float_dot(codes, qtensor.centred(w, jnp.bfloat16), numbers, precision)
         return y * token_scale * scale
     # int4 is widened here: XLA has no product of int8 and int4 but a scalar loop (630 x bf16 on H200).
     # Of a single row it makes a reduction then that its Triton compiler refuses (jax 0.11.2).
     refused = jax.default_backend() == "gpu" and w.format.bits < 8
-    codes, single = _doubled(quantized.codes, numbers) if refused else (quantized.codes, False)
+    codes, single = doubled(quantized.codes, numbers) if refused else (quantized.codes, False)
     y = lax.dot_general(codes, qtensor.unpacked(w), numbers, preferred_element_type=jnp.int32)
     return (y[:1] if single else y).astype(jnp.float32) * token_scale * scale
 
@@ -394,36 +426,6 @@ def _both_quantized_backward(numbers, precision, saved, cotangent):
 
 
 _both_quantized.defvjp(_both_quantized_forward, _both_quantized_backward)
-
-
-def _float_dot(
-    x, w, numbers, precision, dtype: Any = jnp.float32, out_sharding: Any = None
-) -> Float[Array, "..."]:
-    """A dot of floats, accumulated in float32 and rounded to ``dtype``.
-
-    Two things make XLA's CPU backend leave the 16-bit instructions for loops of its own: a 16-bit
-    result, and a single row. So there the product is taken in float32 and rounded, and a single row
-    is doubled: one bfloat16 token times [4096, 14336] took 60 ms without and 8 ms with (jax 0.10.2,
-    AVX512-BF16). Elsewhere the result stays 16-bit, and with it both products of the backward pass.
-    """
-    sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
-    if jax.default_backend() != "cpu" or x.dtype != jnp.bfloat16:
-        return lax.dot_general(
-            x, w, numbers, precision=precision, preferred_element_type=dtype, **sharding
-        )
-    rows, single = _doubled(x, numbers)
-    y = lax.dot_general(
-        rows, w, numbers, precision=precision, preferred_element_type=jnp.float32, **sharding
-    )
-    return (y[:1] if single else y).astype(dtype)
-
-
-def _doubled(x: Shaped[Array, "..."], numbers) -> tuple[Shaped[Array, "..."], bool]:
-    """A single row twice, and whether it was one: of the result the first is to be taken."""
-    (contracting, _), (batch, _) = numbers
-    free = [i for i in range(x.ndim) if i not in contracting and i not in batch]
-    single = bool(free) and not batch and math.prod(x.shape[i] for i in free) == 1
-    return (jnp.concatenate([x, x], axis=free[0]) if single else x), single
 
 
 def _free_scales(w: QTensor) -> Float[Array, "..."]:

@@ -5,7 +5,8 @@
 
 One scale serves one *tile*. The tile has a length for each axis: ``(128, 1)`` on an ``[in, out]``
 kernel is a group of 128 along the contraction, ``(in, 1)`` one scale an output channel, ``(in, out)``
-one for the tensor, ``(128, 128)`` a block.
+one for the tensor, ``(128, 128)`` a block. Tiles are runs of the codes; where these have their inputs in
+an order of their own, that order is stored too (:mod:`qjax.input_order`).
 """
 
 import functools
@@ -15,12 +16,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import packing, product, quantized_matmul, row_blocks
 from pallas_kernels.machine import Half
 from pallas_kernels.operands import Weights
-from qjax import formats, outliers, tiles
+from qjax import formats, input_order, outliers, tiles
 from qjax.formats import Format, device_bytes
 from qjax.scheme import ActivationScheme, ScaleFormat, Scheme, WeightScheme
 
@@ -30,22 +31,23 @@ class KernelLayout:
     """Leaves arranged for a kernel: :mod:`pallas_kernels.row_blocks`.
 
     Attributes:
-      tokens: dtype that the kernel multiplies with. Scales are pairs of it where it has 16 bits. Where
-        it has 8, those of groups are pairs, all others float32 as the class describes them.
+      tokens: dtype that the kernel multiplies with.
       scale_dtype: of the scales in the plain arrangement, and of pairs.
+      pairs: whether scales are pairs of 16 bits; else float32, as the class describes them.
       version: of the arrangement.
     """
 
     tokens: product.Tokens
     scale_dtype: str
+    pairs: bool
     version: int = row_blocks.VERSION
 
 
 # How a scheme calls the dtypes of scales that are not simply floats.
-_SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
+SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
 
 _LEAVES = (
-    "codes", "scale", "zero", "tensor_scale", "input_scale", "columns", "outliers", "layer",
+    "codes", "scale", "zero", "tensor_scale", "input_scale", "order", "columns", "outliers", "layer",
 )  # fmt: skip
 
 
@@ -65,6 +67,9 @@ class QTensor:
       tensor_scale: float32 scalar over e4m3 scales; else None.
       input_scale: float32 scalar, of all activations, where their scheme is static; None before
         calibration has found it (:func:`qjax.activations.static_scale`), or where it is not.
+      order: int32, one entry an input: which one stands at each place of the codes along the contraction
+        axis, of which there is one then; None: they stand as they are. Codes, scale and zero are in this
+        order; the logical array, columns and outliers are not.
       columns: int32, numbers of the inputs that are held as they are, as :mod:`qjax.outliers` counts
         them, over the whole axis; None: no input is.
       outliers: the weights of those inputs, ``[columns, ...]``, whatever their codes say. A product takes
@@ -74,13 +79,13 @@ class QTensor:
       activations: how the other operand of a product is quantized; None leaves it as it is.
       layer: which of stacked layers this array is, whose leaves are those of all of them; None: all.
         Only arranged weights have one: :func:`qjax.scan_layers`.
-      layout: how codes, scale and zero are arranged; None: as described here. :func:`for_kernel` and
-        :func:`plain` go from one to the other.
+      layout: how codes, scale and zero are arranged; None: as described here.
+        :func:`qjax.kernel_layout.for_kernel` and :func:`plain` go from one to the other.
     """
 
     __slots__ = (
         "_dtype", "_shape", "_tile", "activations", "axis", "codes", "columns", "format",
-        "input_scale", "layer", "layout", "outliers", "scale", "tensor_scale", "zero",
+        "input_scale", "layer", "layout", "order", "outliers", "scale", "tensor_scale", "zero",
     )  # fmt: skip
 
     # The leaves are Any on purpose: under transformations JAX puts tracers, shapes or plain
@@ -90,6 +95,7 @@ class QTensor:
     zero: Any
     tensor_scale: Any
     input_scale: Any
+    order: Any
     columns: Any
     outliers: Any
     layer: Any
@@ -106,6 +112,7 @@ class QTensor:
         zero: Any = None,
         tensor_scale: Any = None,
         input_scale: Any = None,
+        order: Any = None,
         columns: Any = None,
         outliers: Any = None,
         layer: Any = None,
@@ -125,6 +132,7 @@ class QTensor:
           zero: one entry a tile, or None.
           tensor_scale: scalar, or None.
           input_scale: scalar, or None.
+          order: the input at each place, or None.
           columns: numbers of inputs, or None.
           outliers: their weights, or None.
           layer: int32 scalar, or None.
@@ -138,7 +146,7 @@ class QTensor:
         """
         self.codes, self.scale, self.zero, self.tensor_scale = codes, scale, zero, tensor_scale
         self.columns, self.outliers, self.layer = columns, outliers, layer
-        self.input_scale = input_scale
+        self.input_scale, self.order = input_scale, order
         self.format, self.axis, self.activations = format, axis, activations
         self.layout = layout
         self._shape, self._tile, self._dtype = tuple(shape), tuple(tile), jnp.dtype(dtype)
@@ -150,6 +158,7 @@ class QTensor:
         zero: Shaped[Array, "..."] | None = None,
         tensor_scale: Float[Array, ""] | None = None,
         *,
+        order: Int[Array, " k"] | None = None,
         format: Format,
         axis: tuple[int, ...],
         tile: tuple[int, ...],
@@ -159,10 +168,12 @@ class QTensor:
         """Stores plain codes, below 8 bits several to a byte.
 
         Args:
-          codes: logical shape; int8 (integers, or indices of a codebook) or an 8-bit float.
+          codes: logical shape; int8 (integers, or indices of a codebook) or an 8-bit float; inputs in the
+            order given.
           scale: ``ceil(shape / tile)`` entries.
           zero: the same shape, int8; None when symmetric.
           tensor_scale: scalar over e4m3 scales, else None.
+          order: the input at each place, each once; None: as they are.
           format: what the codes mean.
           axis: contraction axes.
           tile: tile length for each axis.
@@ -170,7 +181,8 @@ class QTensor:
           activations: how the other operand of a product is quantized.
 
         Raises:
-          ValueError: scale or zero do not have one entry a tile.
+          ValueError: scale or zero do not have one entry a tile, or the order not one an input of a
+            single axis.
         """
         expected = tiles.counts(codes.shape, tile)
         for name, array in (("scale", scale), ("zero", zero)):
@@ -179,12 +191,19 @@ class QTensor:
                     f"{name} has shape {array.shape}; codes {codes.shape} in tiles {tile} "
                     f"need {expected}"
                 )
+        if order is not None:
+            input_order.check_axes(axis)
+            if order.shape != (codes.shape[axis[0]],):
+                raise ValueError(
+                    f"order has shape {order.shape}; there are {codes.shape[axis[0]]} inputs"
+                )
         stored = packing.pack(codes, format.bits) if format.packed else codes.astype(format.storage)
         return QTensor(
             codes=stored,
             scale=scale,
             zero=zero,
             tensor_scale=tensor_scale,
+            order=order,
             format=format,
             axis=tuple(a if a < 0 else a - codes.ndim for a in axis),
             tile=tuple(tile),
@@ -257,7 +276,7 @@ class QTensor:
         whole = {i for i in range(ndim) if self.tile[i] == shape[i]}
         cut = [i for i in range(ndim) if i not in whole and self.tile[i] > 1]
         granularity, group_size = "channel", None
-        scale_format = _SCALE_FORMATS.get(str(self.scale.dtype), "float")
+        scale_format = SCALE_FORMATS.get(str(self.scale.dtype), "float")
         grouped = self.activations.group_size if self.activations else None
         if grouped is not None and self.format.kind == "float" and scale_format == "float":
             # The blocks of a small weight may cover a whole axis and look like channels.
@@ -324,93 +343,11 @@ class QTensor:
         )  # fmt: skip
 
 
-def kernel_tokens(q: QTensor) -> str:
-    """Dtype that a kernel multiplies this weight with: of its scales, or of quantized activations."""
-    if q.layout is not None:
-        return q.layout.tokens
-    return q.activations.format.storage if q.activations else str(q.scale.dtype)
-
-
-def why_no_kernel(q: QTensor) -> str | None:
-    """Why no kernel takes products with this weight, in words; None if one does."""
-    if q.format not in (formats.INT4, formats.INT8, formats.E4M3):
-        return f"the only kernel is for int4, int8 and e4m3 weights, this is {q.scheme.name}"
-    if len(q.tile) != 2 or q.axis != (-2,):
-        return f"it must be a [k, n] weight, summed over k; this has {len(q.tile)} axes"
-    if q.tensor_scale is not None or str(q.scale.dtype) in _SCALE_FORMATS:
-        return f"scales must be floats of 16 or 32 bits, these are {q.scale.dtype}"
-    (k, n), tokens = q.shape[-2:], kernel_tokens(q)
-    if tokens not in product.TOKENS and q.activations is None:
-        return (
-            f"scales are {tokens}, must be bfloat16 or float16 where activations are not quantized"
-        )
-    reason = product.why_not(
-        1, k, n, weights=q.format.storage, tokens=tokens, group_size=q.group_size,
-        has_zeros=q.zero is not None,
-    )  # fmt: skip
-    return reason or _why_not_scales(q)
-
-
-def _why_not_scales(q: QTensor) -> str | None:
-    """Why scales are not those of a kernel, of weights whose dtypes and group are."""
-    (k, n), (_, outputs), by_block = q.shape[-2:], q.tile, _by_block(q)
-    if by_block and outputs != product.BLOCK and outputs < n:
-        return f"scales must be for 128 x 128 weights, these are for tiles of {q.tile}"
-    if not by_block and outputs != 1 and (outputs < n or q.group_size is not None):
-        return f"scales must be per output or one for all, these are for tiles of {q.tile}"
-    if q.activations is None:
-        return None
-    if _in_pairs(q) and str(q.scale.dtype) not in ("bfloat16", "float16"):
-        return f"scales of groups must have 16 bits, these are {q.scale.dtype}"
-    of_tokens, expected = q.activations.group_size, q.group_size if by_block else None
-    of_tokens = None if of_tokens is None or of_tokens >= k else of_tokens
-    if of_tokens != expected:
-        return f"activations have a scale for {of_tokens} inputs, must have one for {expected}; None: all"
-    return None
-
-
-def _by_block(q: QTensor) -> bool:
-    """Whether the kernel wants scales of 128 x 128 weights."""
-    same = q.activations is not None and q.activations.format == q.format
-    return same and q.group_size is not None
-
-
-def _in_pairs(q: QTensor) -> bool:
-    """Whether it wants them in pairs of 16 bits."""
-    return q.activations is None or (q.group_size is not None and not _by_block(q))
-
-
-def for_kernel(q: QTensor) -> QTensor:
-    """The same weight with its leaves arranged for the kernel that multiplies it; as it is if none does.
-
-    To be done once, when a model is loaded: the arrangement is what makes the kernel fast. It is
-    reversible, and whatever writes files writes the plain one.
-
-    >>> import qjax
-    >>> q = for_kernel(qjax.quantize(jnp.ones((128, 32), jnp.bfloat16), "w4a16-g64"))
-    >>> q.codes.shape, q.shape, q.nbytes
-    ((2, 2, 32, 4), (128, 32), 2176)
-    """
-    if q.layout is not None or why_no_kernel(q) is not None:
-        return q
-    tokens, weights = cast(product.Tokens, kernel_tokens(q)), cast(Weights, q.format.storage)
-    codes, scale, zero = quantized_matmul.tiled_codes(q.codes, weights), q.scale, q.zero
-    if _in_pairs(q):
-        # One scale for the whole tensor stands there once for each output.
-        each = jnp.broadcast_to(scale, (*scale.shape[:-1], q.shape[-1]))
-        scale = row_blocks.tile_pairs(each)
-        if zero is not None:
-            zero = jnp.broadcast_to(zero, each.shape)
-            zero = quantized_matmul.pack_zeros(zero, cast(Half, tokens), weights)
-    else:
-        scale = scale.astype(jnp.float32)
-    result = q.replaced(codes=codes, scale=scale, zero=zero)
-    result.layout = KernelLayout(tokens=tokens, scale_dtype=str(q.scale.dtype))
-    return result
-
-
 def plain(q: QTensor) -> QTensor:
-    """The same weight with its leaves as the class describes them: the inverse of :func:`for_kernel`."""
+    """The same weight with its leaves as the class describes them.
+
+    The inverse of :func:`qjax.kernel_layout.for_kernel`.
+    """
     if q.layout is None:
         return q
     q = _taken(q)
@@ -418,7 +355,7 @@ def plain(q: QTensor) -> QTensor:
     weights, dtype = cast(Weights, q.format.storage), jnp.dtype(q.layout.scale_dtype)
     codes = quantized_matmul.plain_codes(q.codes, weights).astype(q.format.storage)
     scale, zero = q.scale, q.zero
-    if _in_pairs(q):
+    if q.layout.pairs:
         # The other way round: of as many equal ones as there are outputs the tensor keeps one.
         held = slice(None) if q.tile[-1] == 1 else slice(1)
         if zero is not None:
@@ -441,7 +378,7 @@ def _taken(q: QTensor) -> QTensor:
 
 
 def unpacked(q: QTensor) -> Shaped[Array, "..."]:
-    """The codes in the logical shape: int8, or an 8-bit float."""
+    """The codes in the logical shape, inputs as they are stored: int8, or an 8-bit float."""
     q = plain(q)
     if not q.format.packed:
         # Codes are no numbers to train, but JAX would give 8-bit floats a gradient.
@@ -450,7 +387,10 @@ def unpacked(q: QTensor) -> Shaped[Array, "..."]:
 
 
 def centred(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "..."]:
-    """``codes - zero`` as values of a float dtype; exact in bfloat16 too for every format but nf4."""
+    """``codes - zero`` as values of a float dtype; exact in bfloat16 too for every format but nf4.
+
+    Inputs stand as they are stored, in the order of the QTensor if it has one.
+    """
     q = plain(q)
     if q.zero is None and q.format.kind != "codebook":
         # One conversion straight from the stored type: XLA fuses it into a dot, a chain it may not.
@@ -474,10 +414,15 @@ def scales(q: QTensor) -> Float[Array, "..."]:
 def dequantize(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
     """The array that the codes stand for: ``(codes - zero) * scale``; outliers as they are.
 
+    Inputs that are stored in an order of their own are put back.
+
     Args:
       q: the quantized array.
       dtype: of the result; the logical dtype if None. The product is taken in float32 and rounded
         once.
+
+    Raises:
+      ValueError: a part of such inputs, as a shard of them is.
 
     Example:
       >>> codes = jnp.array([[1, -2], [3, 4]], jnp.int8)
@@ -488,12 +433,36 @@ def dequantize(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
     """
     factor = tiles.spread(scales(q), q.tile, _tiled_shape(q))
     near = (centred(q) * factor).astype(q.dtype if dtype is None else dtype)
+    if q.order is None and q.outliers is None:
+        return near
+    q = _taken(q)
+    if q.order is not None:
+        check_inputs(q)
+        back = functools.partial(input_order.put_back, axis=q.axis[0])
+        for _ in range(q.order.ndim - 1):
+            back = jax.vmap(back)
+        near = back(near, q.order)
     if q.outliers is None:
         return near
-    q, place = _taken(q), functools.partial(outliers.joined, axes=q.axis)
+    place = functools.partial(outliers.joined, axes=q.axis)
     for _ in range(q.columns.ndim - 1):
         place = jax.vmap(place)
     return place(near, q.columns, q.outliers)
+
+
+def check_inputs(q: QTensor) -> None:
+    """Checks that inputs which stand in an order of their own are all there.
+
+    Raises:
+      ValueError: the codes or the order are cut along them, as by ``jax.shard_map``.
+    """
+    (axis,), held = q.axis, q.order.shape[-1]
+    k, codes = q._shape[axis], q.shape[axis]
+    if not k == held == codes:
+        raise ValueError(
+            f"{q.format.name}{list(q._shape)} has its {k} inputs in an order of their own and can be cut "
+            f"along its outputs alone; this part has {codes} of the inputs, and {held} of their order"
+        )
 
 
 def _tiled_shape(q: QTensor) -> tuple[int, ...]:

@@ -6,8 +6,8 @@
                                         whether inputs are turned online and how keys and values are
                                         kept, which config.json cannot say
     arrays/                             the Orbax checkpoint: parameter path -> array, or -> codes,
-                                        scale, zero, tensor_scale, input_scale, columns and outliers
-                                        of a QTensor
+                                        scale, zero, tensor_scale, input_scale, order, columns and
+                                        outliers of a QTensor
 
 It holds whatever a QTensor can be. Codes below 8 bits are stored as the bytes of
 :mod:`pallas_kernels.packing`, however the model holds them to compute.
@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from pallas_kernels import packing
-from qjax import QTensor, formats, kv_cache, nnx_layers, outliers
+from qjax import QTensor, formats, input_order, kv_cache, nnx_layers, outliers
 from qjax.nnx_layers import named_variables
 from qjax.qtensor import plain, unpacked
 from qjax.scheme import ActivationScheme
@@ -45,8 +45,9 @@ DESCRIPTION_FILE = "qjax.json"
 _ARRAYS = "arrays"
 _VERSION = 1
 _PLAIN = ("codes", "scale", "zero", "tensor_scale")  # of a QTensor; the last two may be absent
-# The input scale is there only if the scheme of activations is static; the last two together, or absent.
-_LEAVES = (*_PLAIN, "input_scale", "columns", "outliers")
+# The input scale is there only if the scheme of activations is static, the order only if it is not that
+# of the inputs; the last two together, or absent.
+_LEAVES = (*_PLAIN, "input_scale", "order", "columns", "outliers")
 
 
 def write_orbax(folder: Path, model: Decoder) -> None:
@@ -175,6 +176,10 @@ def _assemble(
     if "input_scale" in leaves:
         q = q.replaced(input_scale=leaves["input_scale"])
         _check_input_scale(q)
+    if "order" in leaves:
+        input_order.check_axes(q.axis)
+        input_order.check(leaves["order"], (*_stacked(q), q.shape[q.axis[0]]))
+        q = q.replaced(order=leaves["order"])
     if "outliers" not in leaves:
         return q
     columns, held = leaves["columns"], leaves["outliers"]
@@ -183,12 +188,17 @@ def _assemble(
 
 
 def _check_input_scale(q: QTensor) -> None:
-    scale, stacked = q.input_scale, q.shape[: q.ndim - len(q.tile)]
+    scale, stacked = q.input_scale, _stacked(q)
     if scale.shape != stacked or scale.dtype != jnp.float32 or not bool((scale > 0).all()):
         raise ValueError(
             f"the static input scale must be positive, float32 {list(stacked)}; it is {scale.dtype} "
             f"{list(scale.shape)}"
         )
+
+
+def _stacked(q: QTensor) -> tuple[int, ...]:
+    """Leading axes of stacked weights."""
+    return q.shape[: q.ndim - len(q.tile)]
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -30,10 +30,11 @@ def join_projections(model: Decoder) -> None:
     """Joins what shares an input, wherever one weight holds exactly what the separate ones do.
 
     It does where all are plain arrays of one dtype, or QTensors of one scheme whose scales belong to
-    outputs or to blocks of whole outputs, with the same static input scale if they have any. Weights
-    under one scale for all (`-tensor`, `nvfp4`), of different schemes, or arranged for a kernel already
-    stay as they are, and so do layers that compute in different ways (`dtype`, `precision`,
-    `dot_general=` and the like); attention and MLP of each layer are decided on by themselves.
+    outputs or to blocks of whole outputs, with the same static input scale and the same order of inputs
+    if they have any. Weights under one scale for all (`-tensor`, `nvfp4`), of different schemes, or
+    arranged for a kernel already stay as they are, and so do layers that compute in different ways
+    (`dtype`, `precision`, `dot_general=` and the like); attention and MLP of each layer are decided on by
+    themselves.
 
     To be done when a model is loaded to be run, before `qjax.prepare`: files hold the separate weights,
     so a joined model is not saved (`is_joined`).
@@ -102,12 +103,14 @@ def _kind(weight: Any) -> Hashable:
     in_blocks = weight.scheme.weights.granularity == "block" and weight.shape[-1] % shared == 0
     if shared > 1 and not in_blocks:
         return None
+    # Layers of one input are regrouped alike, for their Hessian is the same.
+    order = None if weight.order is None else tuple(weight.order.tolist())
     columns = None if weight.columns is None else tuple(weight.columns.tolist())
     # Calibration gives layers of one input one scale; trained ones may differ, and then stay apart.
     input_scale = None if weight.input_scale is None else weight.input_scale.tolist()
     return (
         weight.format, weight.axis, weight.tile, weight.dtype, weight.activations,
-        weight.scale.dtype, weight.zero is None, columns, input_scale,
+        weight.scale.dtype, weight.zero is None, order, columns, input_scale,
     )  # fmt: skip
 
 
@@ -139,6 +142,7 @@ def _side_by_side(parts: list[Any]) -> Any:
         joined([qtensor.unpacked(part) for part in parts]),
         joined([part.scale for part in parts]),
         None if first.zero is None else joined([part.zero for part in parts]),
+        order=first.order,
         format=first.format,
         axis=first.axis,
         tile=first.tile,

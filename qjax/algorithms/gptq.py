@@ -17,7 +17,8 @@ E               ``errors``, ``(w - quant(w)) / upper_ii``
 B               ``BLOCK`` inputs, after which the errors reach the rest in one product: the loop is
                 :mod:`qjax.algorithms.compensated_rounding`
 lambda          ``damping``, a share of the mean of H's diagonal, which is added to all of it
-act-order       ``Order``: inputs of large ``H_ii`` first
+act-order       ``Order``: inputs of large ``H_ii`` first; with groups made of that order, "regrouped"
+g_idx           ``QTensor.order``: ``g_idx[order[i]] = i // group_size``
 ==============  ==============================================================================
 
 ``upper`` comes from one factorization and one triangular inverse: of the Hessian with its inputs in
@@ -39,7 +40,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from qjax import compilation, kernel_rounding, ranges, tiles
+from qjax import compilation, input_order, kernel_rounding, ranges, tiles
 from qjax.algorithms import round_nearest
 from qjax.algorithms.compensated_rounding import BLOCK, Nearest, Steps, filled, rounded
 from qjax.qtensor import QTensor
@@ -48,7 +49,7 @@ from qjax.scheme import Scheme
 
 _MOST_DAMPING = 1e4  # a multiple of the identity by then: plain rounding, of a Hessian of garbage
 
-Order = Literal["as-is", "by-activity", "by-group"]
+Order = Literal["as-is", "by-activity", "by-group", "regrouped"]
 Grids = Literal["original", "updated"]
 
 
@@ -62,6 +63,12 @@ class Options:
       order: of the inputs: as they stand; those of large mean square first; or the groups of large
         mean square first, and in a group likewise. An input stays in the group of its place, so that
         nothing more has to be stored ("static" act-order; GPTQModel calls the last group-aware).
+        Or "regrouped": those of large mean square first, and each group is a run of that order, inputs
+        that matter alike. It is what the authors' code does under ``act_order`` without static groups,
+        what files call ``desc_act`` and compressed-tensors ``actorder: group``. Which inputs are in a
+        group has to be stored (their ``g_idx``, here ``QTensor.order``), products take their input in
+        that order, and no current release of compressed-tensors or vLLM reads it. Where one scale
+        serves all inputs it is the same as "by-activity".
       grids: whether a tile's scale and zero come from the original weights, or from what the weights
         have become when the first input of the tile is reached, as in the paper. The second is for
         groups and channels, in an order that takes the inputs of a group one after the other.
@@ -86,7 +93,7 @@ class Options:
         if self.grids == "updated" and self.order == "by-activity":
             raise ValueError(
                 "grids of updated weights need the inputs of a group to follow each other: "
-                "order 'as-is' or 'by-group'"
+                "order 'as-is', 'by-group' or 'regrouped'"
             )
 
 
@@ -157,7 +164,7 @@ def _order(diagonal: Float[Array, " k"], order: Order, size: int) -> Int[Array, 
     """The input that is taken at each step."""
     if order == "as-is":
         return jnp.arange(len(diagonal), dtype=jnp.int32)
-    if order == "by-activity":
+    if order in ("by-activity", "regrouped"):
         return jnp.argsort(-diagonal).astype(jnp.int32)
     groups = diagonal.reshape(-1, size)
     first = jnp.argsort(-jnp.mean(groups, axis=1))
@@ -193,7 +200,8 @@ def quantize(
     Raises:
       ValueError: NaN or infinities in ``w``, a Hessian of another size, or one that is not finite; a
         group size that does not divide the contraction axis; ``grids="updated"`` of a scheme whose
-        scales are not a group's or a channel's.
+        scales are not a group's or a channel's; the order "regrouped" of a weight with several
+        contraction axes.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (512, 64))
@@ -203,7 +211,7 @@ def quantize(
     """
     parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     axes = round_nearest.contraction(w.ndim, axis, name)
-    tile = round_nearest.tile_of(w.shape, parsed.weights, axes, name)
+    tile = _tile(w.shape, parsed, axes, options, name)
     inputs = as_inputs(w, axes)
     if inputs.shape[0] != len(factor.order):
         raise ValueError(
@@ -248,10 +256,11 @@ def programs(
       The programs, and the result with shapes in place of arrays.
 
     Raises:
-      ValueError: a group size that does not divide the contraction axis.
+      ValueError: a group size that does not divide the contraction axis, or the order "regrouped" and
+        several such axes.
     """
     axes = round_nearest.contraction(w.ndim, axis, name)
-    tile = round_nearest.tile_of(w.shape, scheme.weights, axes, name)
+    tile = _tile(w.shape, scheme, axes, options, name)
     k = math.prod(w.shape[i] for i in axes)
     hessian, size = jax.ShapeDtypeStruct((k, k), jnp.float32), scheme.weights.group_size
     known = jax.eval_shape(functools.partial(factor, options=options, group_size=size), hessian)
@@ -262,6 +271,26 @@ def programs(
         factor.lower(hessian, options, size),
         _quantize.lower(w, *given, kernel=kernel),
     ], _quantize.eval_shape(w, *given, kernel=kernel)
+
+
+def _tile(
+    shape: tuple[int, ...], scheme: Scheme, axes: tuple[int, ...], options: Options, name: str
+) -> tuple[int, ...]:
+    """What shares a scale."""
+    tile = round_nearest.tile_of(shape, scheme.weights, axes, name)
+    if _is_regrouped(shape, tile, axes, options) and len(axes) > 1:
+        raise ValueError(
+            f"{name}: inputs are regrouped along one axis, this weight is summed over {axes}; another "
+            "order than 'regrouped' takes it"
+        )
+    return tile
+
+
+def _is_regrouped(
+    shape: tuple[int, ...], tile: tuple[int, ...], axes: tuple[int, ...], options: Options
+) -> bool:
+    """Whether it has to be stored which inputs share a scale: not where all of them do."""
+    return options.order == "regrouped" and any(tile[a] < shape[a] for a in axes)
 
 
 @jax.jit
@@ -285,7 +314,16 @@ def _quantize(
     *,
     kernel: bool,
 ) -> QTensor:
-    weights = scheme.weights
+    weights, order = scheme.weights, None
+    if _is_regrouped(w.shape, tile, axes, options):
+        # With its inputs in that order it is a weight whose inputs are taken as they are.
+        order = factor.order
+        w = input_order.gathered(w, order, axes[0])
+        factor = factor._replace(
+            hessian=factor.hessian[order][:, order],
+            order=jnp.arange(len(order), dtype=order.dtype),
+            dead=factor.dead[order],
+        )
     rows = as_inputs(w, axes).astype(jnp.float32)
     if options.exact_peer:
         rows = jnp.where(factor.dead[:, None], 0.0, rows)
@@ -317,7 +355,7 @@ def _quantize(
         grid = jax.tree.map(lambda leaf: from_inputs(leaf[place, 0], counts, axes), grids)
     codes = codes[jnp.argsort(factor.order)]
     return QTensor.from_codes(
-        from_inputs(codes, w.shape, axes), grid.scale, grid.zero, grid.tensor_scale,
+        from_inputs(codes, w.shape, axes), grid.scale, grid.zero, grid.tensor_scale, order=order,
         format=weights.format, axis=axes, tile=tile, dtype=w.dtype, activations=scheme.activations,
     )  # fmt: skip
 

@@ -127,10 +127,11 @@ def anchored(w: Float[Array, "..."], start: QTensor) -> Anchor:
 
     Args:
       w: the original weight; infinities are taken to be what ``start`` makes of them.
-      start: any QTensor of its shape, without outliers.
+      start: any QTensor of its shape, without outliers, inputs as they are.
 
     Raises:
-      ValueError: the shapes differ, the leaves are those of stacked layers, or there are outliers.
+      ValueError: the shapes differ, the leaves are those of stacked layers, there are outliers, or
+        inputs stand in an order of their own.
     """
     if w.shape != start.shape or len(start.tile) != w.ndim:
         raise ValueError(
@@ -139,6 +140,11 @@ def anchored(w: Float[Array, "..."], start: QTensor) -> Anchor:
         )
     if start.outliers is not None:
         raise ValueError("weights that are held as they are, beside the codes, cannot be trained")
+    if start.order is not None:
+        raise ValueError(
+            "weights whose inputs stand in an order of their own cannot be trained: start from another "
+            "order of GPTQ than 'regrouped'"
+        )
     start = qtensor.plain(start)
     near = qtensor.dequantize(start, w.dtype)
     w = jnp.where(jnp.isfinite(w), w, near)

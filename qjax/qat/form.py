@@ -63,12 +63,17 @@ class Form:
           name: what errors call it.
 
         Raises:
-          ValueError: it holds inputs beside its codes, which have no form.
+          ValueError: it holds inputs beside its codes, or in an order of their own, which have no form.
         """
         if q.outliers is not None:
             raise ValueError(
                 f"{name}: inputs that are held as they are, beside the codes, cannot be trained: start "
                 "from another method than llm-int8"
+            )
+        if q.order is not None:
+            raise ValueError(
+                f"{name}: inputs that stand in an order of their own cannot be trained: start from "
+                "another order of GPTQ than 'regrouped'"
             )
         q = qtensor.plain(q)
         shape = q.shape[q.ndim - len(q.tile) :]

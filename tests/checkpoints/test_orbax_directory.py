@@ -19,7 +19,7 @@ from qjax import (
     quantize_model,
     quantize_sequentially,
 )
-from qjax.algorithms import llm_int8
+from qjax.algorithms import gptq, llm_int8
 from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints.load import load
 from qjax_checkpoints.save import check_format, save
@@ -135,6 +135,42 @@ def test_no_other_format_has_a_place_for_outliers(with_outliers, quantizable_lla
     (name, q), *_ = [(n, q) for n, q in quantized_layers(with_outliers).items() if q.outliers is not None]  # fmt: skip
     layer = dict(nnx_layers.quantizable_layers(load(tmp_path / "dense").model))[name]
     np.testing.assert_array_equal(nnx_layers.weight_of(layer), dequantize(q))
+
+
+@pytest.fixture
+def regrouped(quantizable_llama) -> Decoder:
+    """Groups are runs of the order in which GPTQ took the inputs."""
+    tokens = np.random.default_rng(0).integers(0, 97, (4, 32), dtype=np.int32)
+    method = Method(rounding=gptq.Options(order="regrouped", grids="updated"))
+    model, report = quantize_sequentially(
+        quantizable_llama.model, blockwise, tokens, "w4a16-g16-asym", method=method
+    )
+    assert {layer.method for layer in report.quantized if "layers" in layer.path} == {"gptq"}
+    return model
+
+
+def test_inputs_in_an_order_of_their_own(regrouped, quantizable_llama, tmp_path, assert_same_model):
+    save(regrouped, quantizable_llama, tmp_path / "out", "orbax")
+    loaded = load(tmp_path / "out").model
+    assert_same_model(regrouped, loaded)
+    orders = [q.order is not None for q in quantized_layers(loaded).values()]
+    assert sum(orders) >= 14
+    tokens = jnp.arange(9)[None]
+    np.testing.assert_array_equal(forward(regrouped, tokens), forward(loaded, tokens))
+
+    path = tmp_path / "out" / "qjax.json"
+    description = json.loads(path.read_text())
+    entries = description["parameters"].items()
+    name, entry = next((n, e) for n, e in entries if "order" in e.get("leaves", {}))
+    entry["leaves"]["order"]["dtype"] = "float32"
+    path.write_text(json.dumps(description))
+    inputs = entry["shape"][0]
+    assert f"{path}: parameter {name}: the order of inputs must be int32 [{inputs}]" in message(
+        path.parent
+    )
+    with pytest.raises(ValueError, match="layer model.* its inputs are regrouped .*--format orbax"):
+        save(regrouped, quantizable_llama, tmp_path / "other", "compressed-tensors")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_plain_model(quantizable_llama, tmp_path, assert_same_model):

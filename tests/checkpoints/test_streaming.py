@@ -16,7 +16,8 @@ import pytest
 import safetensors.numpy
 
 from qjax import Method, Recipe, quantize_sequentially
-from qjax.algorithms import learned_rounding
+from qjax.algorithms import gptq, learned_rounding
+from qjax.method import names as method_names
 from qjax.storage import Storage
 from qjax_checkpoints import shards, streaming, unfinished
 from qjax_checkpoints.load import load, open_plain
@@ -285,6 +286,21 @@ def refused(source, out, *words, **options):
     assert {p: t for p, t in after.items() if p.name != "lock"} == {
         p: t for p, t in before.items() if p.name != "lock"
     }
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_nothing_is_written_that_no_format_holds(llama, tmp_path, resume):
+    """What is regrouped by hand, for the command has no method that does it."""
+    method = Method(rounding=gptq.Options(order="regrouped"))
+    with pytest.raises(ValueError) as caught:
+        stream(llama(), tmp_path / "out", method=method, resume=resume)
+    line = str(caught.value)
+    assert line.startswith("layer model.layers.0.") and "its inputs are regrouped" in line
+    assert "--format orbax" in line and "\n" not in line
+    assert not (tmp_path / "out").exists()
+    recipe = Recipe.uniform("w4a16")
+    methods = [Method.parse(name, recipe=recipe) for name in method_names()]
+    assert all(m.rounding is None or m.rounding.order != "regrouped" for m in methods)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax import QTensor, Recipe, dequantize, formats, qtensor, quantize_model
-from qjax.algorithms import llm_int8
+from qjax import QTensor, Recipe, dequantize, formats, kernel_layout, quantize_model
+from qjax.algorithms import gptq, llm_int8
 from qjax_models import Decoder, DecoderConfig, Generator, joined
 from qjax_models.joined import is_joined, join_projections
 from qjax_models.rope import rotation
@@ -160,6 +160,34 @@ def test_layers_that_hold_the_same_inputs_as_they_are(goldens):
     assert not block.self_attn.fused and block.mlp.fused
 
 
+def test_layers_whose_inputs_are_regrouped_alike(goldens):
+    golden = goldens["qwen2"]
+    model = single_layer(golden)
+    observed = qjax.calibrate(model, [jnp.asarray(golden.tokens)])
+    method = qjax.Method(rounding=gptq.Options(order="regrouped", grids="updated"))
+    model, _ = quantize_model(model, "w4a16-g8-asym", observed, method=method)
+    apart = nnx.clone(model)
+    (block,) = model.model.layers
+    positions = jnp.arange(9)[None]
+    angles = rotation(golden.config.rope, golden.config.head_size, positions, 9)
+    x = jax.random.normal(jax.random.key(0), (2, 9, golden.config.hidden_size))
+    order = block.self_attn.v_proj.kernel.get_value().order
+    separate, expected = weights(block), outputs(block, x, angles, positions)
+    join_projections(model)
+    assert block.self_attn.fused and block.mlp.fused
+    np.testing.assert_array_equal(block.self_attn.qkv_proj.kernel.get_value().order, order)
+    jax.tree.map(np.testing.assert_array_equal, weights(block), separate)
+    assert_close(outputs(block, x, angles, positions), expected)
+
+    (block,) = apart.model.layers
+    q = block.self_attn.k_proj.kernel.get_value()
+    block.self_attn.k_proj.kernel.set_value(q.replaced(order=q.order[::-1]))
+    q = block.mlp.up_proj.kernel.get_value()
+    block.mlp.up_proj.kernel.set_value(q.replaced(order=None))
+    join_projections(apart)
+    assert not block.self_attn.fused and not block.mlp.fused
+
+
 def test_every_layer_is_decided_on_by_itself(goldens):
     rules = [
         [".*/0/.*q_proj", "w8a16-channel"],
@@ -260,11 +288,11 @@ def test_a_kernel_takes_the_joined_weight_where_it_took_the_parts(scheme):
     model = quantized(wide_decoder(mlp_size=384, hidden_size=256), scheme)
     (block,) = model.model.layers
     separate = weights(block)
-    assert qtensor.why_no_kernel(block.self_attn.k_proj.kernel.get_value()) is None
+    assert kernel_layout.why_no_kernel(block.self_attn.k_proj.kernel.get_value()) is None
     join_projections(model)
     for layer in (block.self_attn.qkv_proj, block.mlp.gate_up_proj):
         q = layer.kernel.get_value()
-        assert q.scheme.name == scheme and qtensor.why_no_kernel(q) is None
+        assert q.scheme.name == scheme and kernel_layout.why_no_kernel(q) is None
     jax.tree.map(np.testing.assert_array_equal, weights(block), separate)
 
 
@@ -279,7 +307,7 @@ def test_weights_arranged_for_a_kernel_stay_apart():
     model = quantized(wide_decoder(), "w4a16-g64")
     (block,) = model.model.layers
     for layer in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
-        layer.kernel.set_value(qtensor.for_kernel(layer.kernel.get_value()))
+        layer.kernel.set_value(kernel_layout.for_kernel(layer.kernel.get_value()))
     join_projections(model)
     assert (block.self_attn.fused, block.mlp.fused) == (False, True)
 

@@ -55,6 +55,27 @@ def test_a_stack_gives_what_its_experts_do(model, scheme):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_experts_whose_inputs_stand_in_orders_of_their_own(model):
+    """Each in another; one whose inputs stand as they are stays apart with all others."""
+    model, _ = qjax.quantize_model(model, "w4a16-g16")
+    apart = model.model.layers[0].sparse
+    for i, expert in enumerate(apart.experts):
+        for layer in (expert.gate_proj, expert.up_proj, expert.down_proj):
+            q = layer.kernel.get_value()
+            order = np.random.default_rng(i).permutation(q.shape[0]).astype(np.int32)
+            layer.kernel.set_value(q.replaced(order=jnp.asarray(order)))
+    together, mixed = nnx.clone(model), nnx.clone(model)
+    stack_experts(together)
+    stacked = together.model.layers[0].sparse
+    assert stacked.stacked
+    x = jax.random.normal(jax.random.key(0), (2, 20, 32))
+    np.testing.assert_allclose(FORWARD(stacked, x), FORWARD(apart, x), rtol=1e-5, atol=1e-5)
+    kernel = mixed.model.layers[0].sparse.experts[3].up_proj.kernel
+    kernel.set_value(kernel.get_value().replaced(order=None))
+    stack_experts(mixed)
+    assert not mixed.model.layers[0].sparse.stacked
+
+
 def test_experts_of_different_schemes_stay_apart(model):
     rules = [[".*experts/3/up_proj", "w8a16-g16"], [".*", "w4a16-g16"]]
     mixed, _ = qjax.quantize_model(model, qjax.Recipe.from_json(rules))

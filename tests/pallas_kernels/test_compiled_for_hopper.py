@@ -15,7 +15,7 @@ import compile_for_hopper
 import qjax
 from pallas_kernels import configs, device, few_tokens, many_tokens
 from pallas_kernels.product import Product
-from qjax import qtensor
+from qjax import kernel_layout
 
 E4M3 = "float8_e4m3fn"
 pytestmark = pytest.mark.skipif(
@@ -164,7 +164,7 @@ def test_a_scan_copies_no_weight(monkeypatch, name, m):
 
     def layers():
         stacked = qjax.quantize(jnp.ones((5, 512, 640), jnp.bfloat16), name, stacked=1)
-        return qtensor.for_kernel(stacked), jnp.ones((5, 640, 512), jnp.bfloat16)
+        return kernel_layout.for_kernel(stacked), jnp.ones((5, 640, 512), jnp.bfloat16)
 
     def last(x, layers):
         return qjax.scan_layers(lambda x, w: (qjax.matmul(x, w[0]) @ w[1], None), x, layers)[0]
@@ -188,7 +188,9 @@ def test_a_kernel_under_shard_map(monkeypatch, m):
     mesh = compile_for_hopper.mesh(2)
 
     def arranged():
-        return qtensor.for_kernel(qjax.quantize(jnp.ones((512, 1024), jnp.bfloat16), "w4a16-g128"))
+        return kernel_layout.for_kernel(
+            qjax.quantize(jnp.ones((512, 1024), jnp.bfloat16), "w4a16-g128")
+        )
 
     x = compile_for_hopper.shapes(jnp.ones((m, 512), jnp.bfloat16), mesh)
     w = compile_for_hopper.shapes(jax.eval_shape(arranged), mesh, PartitionSpec("x"))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax import activations, formats, kernel_products, ops, qtensor
+from qjax import activations, formats, kernel_layout, kernel_products, ops, qtensor
 
 HALF_TOKENS = [
     "w4a16-g32", "w4a16-g64-asym", "w4a16-g128", "w4a16-channel", "w4a16-channel-asym",
@@ -41,7 +41,7 @@ def weight(rng):
 @pytest.mark.parametrize("name", TAKEN)
 def test_there_and_back(weight, name, dtype):
     q = qjax.quantize(weight.astype(dtype), name)
-    arranged = qtensor.for_kernel(q)
+    arranged = kernel_layout.for_kernel(q)
     assert arranged.layout is not None and arranged.codes.dtype == jnp.uint32
     assert (arranged.shape, arranged.dtype, arranged.tile) == (q.shape, q.dtype, q.tile)
     assert arranged.scheme == q.scheme
@@ -52,7 +52,7 @@ def test_there_and_back(weight, name, dtype):
         more = (2 * 48) * (1 if q.zero is None else 2) - (2 if q.zero is None else 3)
     assert arranged.nbytes == q.nbytes + more
     same(qtensor.plain(arranged), q)
-    assert qtensor.for_kernel(arranged) is arranged and qtensor.plain(q) is q
+    assert kernel_layout.for_kernel(arranged) is arranged and qtensor.plain(q) is q
     np.testing.assert_array_equal(qjax.dequantize(arranged), qjax.dequantize(q))
 
 
@@ -61,7 +61,7 @@ def test_there_and_back(weight, name, dtype):
 )
 def test_layers_that_are_stacked(weight, name):
     q = qjax.quantize(jnp.stack([weight, weight * 2]), name, stacked=1)
-    arranged = qtensor.for_kernel(q)
+    arranged = kernel_layout.for_kernel(q)
     assert arranged.layout is not None and arranged.shape == (2, 256, 48)
     same(qtensor.plain(arranged), q)
     _, each = jax.lax.scan(lambda c, q: (c, qjax.dequantize(q)), 0, arranged)
@@ -86,8 +86,8 @@ def test_layers_that_are_stacked(weight, name):
 )
 def test_weights_that_no_kernel_takes(name, shape, reason):
     q = qjax.quantize(jnp.ones(shape, jnp.bfloat16), name)
-    assert reason in qtensor.why_no_kernel(q)
-    assert qtensor.for_kernel(q) is q
+    assert reason in kernel_layout.why_no_kernel(q)
+    assert kernel_layout.for_kernel(q) is q
     with pytest.raises(NotImplementedError, match="no Pallas kernel takes") as caught:
         qjax.matmul(jnp.ones((1, shape[0]), jnp.bfloat16), q, implementation="pallas")
     assert reason in str(caught.value)
@@ -95,8 +95,8 @@ def test_weights_that_no_kernel_takes(name, shape, reason):
 
 def test_float32_scales_have_no_kernel(weight):
     q = qjax.quantize(weight.astype(jnp.float32), "w4a16-g64")
-    assert "scales are float32, must be bfloat16 or float16" in qtensor.why_no_kernel(q)
-    assert qtensor.why_no_kernel(qjax.quantize(weight.astype(jnp.float32), "w8a8")) is None
+    assert "scales are float32, must be bfloat16 or float16" in kernel_layout.why_no_kernel(q)
+    assert kernel_layout.why_no_kernel(qjax.quantize(weight.astype(jnp.float32), "w8a8")) is None
 
 
 def test_nothing_is_arranged_without_the_gpu(weight):
@@ -106,7 +106,7 @@ def test_nothing_is_arranged_without_the_gpu(weight):
 
 def test_arranged_weights_compute_everywhere(weight, rng):
     q = qjax.quantize(weight, "w4a16-g64-asym")
-    arranged = qtensor.for_kernel(q)
+    arranged = kernel_layout.for_kernel(q)
     x = jnp.asarray(rng.standard_normal((3, 256)), jnp.bfloat16)
     np.testing.assert_array_equal(qjax.matmul(x, arranged), qjax.matmul(x, q))
     with pytest.raises(NotImplementedError, match="runs on Hopper GPUs, this is"):
@@ -196,12 +196,12 @@ def test_activations_and_weights_must_be_cut_alike(weight):
     per_token = qjax.quantize(weight, "fp8-dynamic").activations
     mixed = block.replaced()
     mixed.activations = per_token
-    assert "a scale for None inputs, must have one for 128" in qtensor.why_no_kernel(mixed)
+    assert "a scale for None inputs, must have one for 128" in kernel_layout.why_no_kernel(mixed)
 
 
 def test_scales_of_groups_have_16_bits(weight):
     q = qjax.quantize(weight.astype(jnp.float32), "w4afp8")
-    assert "scales of groups must have 16 bits, these are float32" in qtensor.why_no_kernel(q)
+    assert "scales of groups must have 16 bits, these are float32" in kernel_layout.why_no_kernel(q)
 
 
 @pytest.mark.parametrize("name", ["w4a16-g64-asym", "w8a16-channel", "w8a8", "fp8-block", "w4afp8"])
@@ -244,7 +244,7 @@ def test_kernels_under_shard_map(hopper, rng, m):
 
 def test_a_scan_of_what_does_not_fit_together(hopper, weight):
     def arranged(layers):
-        return qtensor.for_kernel(
+        return kernel_layout.for_kernel(
             qjax.quantize(jnp.stack([weight] * layers), "w4a16-g64", stacked=1)
         )
 
@@ -257,7 +257,7 @@ def test_a_scan_of_what_does_not_fit_together(hopper, weight):
     refused("length=3", arranged(2), length=3)
     refused("leaves must be stacked to one length, their shapes are", None)
     refused("leaves must be stacked to one length", (1.0, arranged(2)))
-    single = qtensor.for_kernel(qjax.quantize(weight, "w4a16-g64"))
+    single = kernel_layout.for_kernel(qjax.quantize(weight, "w4a16-g64"))
     refused(r"weights must be stacked \[layers, k, n\]", single)
 
 
@@ -269,7 +269,7 @@ def test_experts_in_stacked_layers_are_sliced(hopper, rng):
     def layer(x, w):
         return jax.vmap(qjax.matmul)(x, w), None
 
-    ours, _ = qjax.scan_layers(layer, x, qtensor.for_kernel(q))
+    ours, _ = qjax.scan_layers(layer, x, kernel_layout.for_kernel(q))
     plain, _ = jax.lax.scan(layer, x, q)
     np.testing.assert_allclose(ours, plain, rtol=0.02, atol=0.1)
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax import nnx_layers, ops, outliers, qtensor
+from qjax import kernel_layout, nnx_layers, ops, outliers, qtensor
 from qjax.algorithms import learned_rounding, llm_int8
 from qjax.qtensor import QTensor
 from qjax.scheme import Scheme
@@ -134,7 +134,7 @@ def test_stacked_layers(rng):
     _, scanned = jax.lax.scan(lambda carry, q: (carry, qjax.matmul(x, q)), None, stack)
     np.testing.assert_array_equal(scanned, expected)
     np.testing.assert_array_equal(jax.vmap(lambda q: qjax.matmul(x, q))(stack), expected)
-    view = qtensor.for_kernel(stack).replaced(layer=jnp.int32(1))
+    view = kernel_layout.for_kernel(stack).replaced(layer=jnp.int32(1))
     np.testing.assert_array_equal(qjax.matmul(x, view), expected[1])
     np.testing.assert_array_equal(qjax.dequantize(view), qjax.dequantize(single[1]))
     numbers = (((2,), (1,)), ((0,), (0,)))
@@ -143,7 +143,7 @@ def test_stacked_layers(rng):
 
 
 def test_arranged_for_a_kernel_and_back(q):
-    arranged = qtensor.for_kernel(q)
+    arranged = kernel_layout.for_kernel(q)
     assert arranged.layout is not None
     again = qtensor.plain(arranged)
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(q), strict=True):

@@ -24,6 +24,13 @@ Where the scale of a layer's inputs is static, there is also
 
     any of the above      input_scale          float32 [1]
 
+Old files whose groups are made of inputs that need not follow each other (`actorder: group`) have, too,
+
+    pack-quantized        weight_g_idx         int32 [in], the group of each input
+
+which is read and never written: releases of compressed-tensors and vLLM that are current have taken it
+out. The codes stand in the order of the inputs there, and group by group here.
+
 Packed integers are stored as `code + 2^(b-1)` in a dense stream of bits, least bit first: codes along
 `in`, zeros along `out`. As here, `w = (code - zero) * scale`.
 
@@ -74,6 +81,10 @@ def format_of(q: QTensor) -> str:
         raise ValueError("only linear layers can be held")
     if q.outliers is not None:
         raise ValueError("no format holds inputs with outliers beside the codes")
+    if q.order is not None:
+        raise ValueError(
+            "its inputs are regrouped (weight_g_idx), which current releases and vLLM have taken out"
+        )
     if q.activations is not None and q.activations.static and q.input_scale is None:
         raise ValueError(f"{q.scheme.name} needs the input scale that calibration finds")
     group = q.activations.group_size if q.activations else None
@@ -253,6 +264,8 @@ class LayerSpec:
                 return counts
             case "weight_global_scale" | "input_scale":
                 return (1,)
+            case "weight_g_idx":
+                return (columns,)
             case _:
                 return (rows, columns)
 
@@ -286,13 +299,18 @@ def decode(tensors: Mapping[str, Shaped[Array, "..."]], spec: LayerSpec) -> QTen
         zero = tensors["weight_zero_point"].T
         if zero.dtype == jnp.int32:
             zero = unpack_rows(zero, spec.format.bits, rows)
+    codes, order = codes.T, None
+    if "weight_g_idx" in tensors:
+        order = jnp.argsort(tensors["weight_g_idx"], stable=True).astype(jnp.int32)
+        codes = codes[order]
     divisor = tensors.get("weight_global_scale")
     input_scale = tensors.get("input_scale")
     q = QTensor.from_codes(
-        codes.T,
+        codes,
         scale,
         zero,
         None if divisor is None else 1 / divisor.reshape(()),
+        order=order,
         format=spec.format,
         axis=_CONTRACTION,
         tile=spec.tile,

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from qjax import formats, kv_cache, nnx_layers
+from qjax import formats, input_order, kv_cache, nnx_layers
 from qjax.nnx_layers import named_variables
 from qjax.qtensor import QTensor
 from qjax_checkpoints.compressed_tensors import layouts
@@ -243,7 +243,7 @@ def _strategy(arguments: Mapping[str, Any]) -> str:
 
 def _decode(tensors: dict[str, np.ndarray], spec: LayerSpec) -> QTensor:
     """Checks a layer's tensors and decodes them."""
-    _check_order(tensors, spec)
+    _check_groups(tensors, spec)
     if tuple(tensors.pop("weight_shape", spec.shape[::-1])) != spec.shape[::-1]:
         raise ValueError(f"weight_shape is not the {list(spec.shape[::-1])} of config.json")
     if spec.symmetric:
@@ -251,6 +251,7 @@ def _decode(tensors: dict[str, np.ndarray], spec: LayerSpec) -> QTensor:
     needed = {"weight_scale", "weight_packed" if "weight_packed" in tensors else "weight"}
     if not spec.symmetric:
         needed.add("weight_zero_point")
+    needed |= tensors.keys() & {"weight_g_idx"}
     if "input_scale" in tensors:
         needed.add("input_scale")
         _check_input_scale(tensors["input_scale"])
@@ -286,9 +287,19 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 
-def _check_order(tensors: dict[str, np.ndarray], spec: LayerSpec) -> None:
-    """Accepts the groups of a `weight_g_idx` only where they are in order."""
-    order = tensors.pop("weight_g_idx", None)
-    plain = np.arange(spec.shape[0]) // spec.tile[0]
-    if order is not None and not np.array_equal(order, plain) and not np.all(order == -1):
-        raise ValueError("its groups are in activation order (weight_g_idx), which is not read")
+def _check_groups(tensors: dict[str, np.ndarray], spec: LayerSpec) -> None:
+    """Leaves a `weight_g_idx` only where it says more than that groups are runs of the inputs."""
+    groups = tensors.pop("weight_g_idx", None)
+    inputs, size = spec.shape[0], spec.tile[0]
+    if groups is None or np.all(groups == -1):
+        return
+    if groups.dtype.kind != "i" or groups.shape != (inputs,):
+        raise ValueError(
+            f"weight_g_idx must be integers {[inputs]}, it is {groups.dtype} {list(groups.shape)}"
+        )
+    try:
+        order = input_order.of_groups(groups, size)
+    except ValueError as error:
+        raise ValueError(f"weight_g_idx: {error}") from error
+    if not np.array_equal(order, np.arange(inputs)):
+        tensors["weight_g_idx"] = groups

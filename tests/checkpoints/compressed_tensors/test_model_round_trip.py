@@ -11,6 +11,7 @@ from flax import nnx
 
 from qjax import Recipe, dequantize, quantize_model
 from qjax.nnx_layers import quantized_layers
+from qjax.qtensor import unpacked
 from qjax_checkpoints.load import load
 from qjax_checkpoints.safetensors_file import open_safetensors
 from qjax_checkpoints.save import save
@@ -391,8 +392,66 @@ def test_group_order(write, assert_same_model):
     order = np.arange(32, dtype=np.int32) // 16
     change_tensors(path, **{f"{Q_PROJ}.weight_g_idx": order})
     assert_same_model(model, load(path).model)
-    change_tensors(path, **{f"{Q_PROJ}.weight_g_idx": order[::-1].copy()})
-    assert f"layer {Q_PROJ}: its groups are in activation order" in message(path)
+    change_tensors(path, **{f"{Q_PROJ}.weight_g_idx": np.full(32, -1, np.int32)})  # none was found
+    assert_same_model(model, load(path).model)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g16", "w8a16-g8-asym", "w3a16-g16-asym"])
+def test_groups_of_inputs_that_do_not_follow_each_other(write, scheme, tmp_path):
+    """An old file of `actorder: group`: (q - z[g_idx]) s[g_idx], to the bit; and no new one is written."""
+    model, path = write(scheme)
+    before = quantized_layers(model)["model/layers/0/self_attn/q_proj"]
+    size, config = before.tile[0], config_of(path)
+    groups = np.random.default_rng(0).permutation(32).astype(np.int32) // size
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    change_config(path, **config)
+    change_tensors(path, **{f"{Q_PROJ}.weight_g_idx": groups})
+    checkpoint = load(path)
+    q = quantized_layers(checkpoint.model)["model/layers/0/self_attn/q_proj"]
+    codes = np.asarray(unpacked(before), np.float32)
+    zero = 0 if before.zero is None else np.asarray(before.zero, np.float32)[groups]
+    expected = (codes - zero) * np.asarray(before.scale, np.float32)[groups]
+    np.testing.assert_array_equal(dequantize(q), expected)
+    np.testing.assert_array_equal(groups[q.order], np.arange(32) // size)
+    assert q.scheme.name == scheme
+    others = quantized_layers(checkpoint.model)
+    assert [name for name, other in others.items() if other.order is not None] == [
+        "model/layers/0/self_attn/q_proj"
+    ]
+    assert np.isfinite(forward(checkpoint.model, jnp.arange(9)[None])).all()
+    with pytest.raises(ValueError) as caught:
+        save(checkpoint.model, checkpoint, tmp_path / "again", "compressed-tensors")
+    assert str(caught.value) == (
+        f"layer {Q_PROJ}: compressed-tensors: its inputs are regrouped (weight_g_idx), which current "
+        "releases and vLLM have taken out; --format orbax holds everything"
+    )
+    assert not (tmp_path / "again").exists()
+    save(checkpoint.model, checkpoint, tmp_path / "dense", "dense")
+    kernel = load(tmp_path / "dense").model.model.layers[0].self_attn.q_proj.kernel
+    np.testing.assert_array_equal(kernel.get_value(), expected)
+    save(checkpoint.model, checkpoint, tmp_path / "own", "orbax")
+    again = quantized_layers(load(tmp_path / "own").model)["model/layers/0/self_attn/q_proj"]
+    np.testing.assert_array_equal(again.order, q.order)
+    np.testing.assert_array_equal(dequantize(again), expected)
+
+
+@pytest.mark.parametrize(
+    "groups, line",
+    [
+        (np.arange(32) // 8, "weight_g_idx: groups of 16 inputs must be numbered 0 to 1, the last alone"
+                             " may be smaller; there are 4 numbers from 0 to 3, of 8 to 8 inputs"),
+        (np.arange(32) // 31, "2 numbers from 0 to 1, of 1 to 31 inputs"),
+        (np.where(np.arange(32) < 16, 0, -1), "2 numbers from -1 to 0"),
+        (np.zeros(16), r"weight_g_idx must be integers [32], it is int32 [16]"),
+        (np.zeros((32, 1)), r"weight_g_idx must be integers [32], it is int32 [32, 1]"),
+    ],
+)  # fmt: skip
+def test_groups_that_are_none(write, groups, line):
+    _, path = write("w4a16-g16")
+    change_tensors(path, **{f"{Q_PROJ}.weight_g_idx": groups.astype(np.int32)})
+    assert f"layer {Q_PROJ}: " in message(path) and line in message(path)
+    change_tensors(path, **{f"{Q_PROJ}.weight_g_idx": np.zeros(32, np.float32)})
+    assert "weight_g_idx must be integers [32], it is float32 [32]" in message(path)
 
 
 def test_scales_of_an_unknown_layer(write):

@@ -125,7 +125,9 @@ def test_parts_of_blocks_do_not_show(k, parts, order, grids, codes_of, monkeypat
 @pytest.mark.gpu
 @pytest.mark.skipif(not device.is_hopper(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("scheme", ["w4a16-g128", "w3a16-g32-asym", "w8a16-channel"])
-@pytest.mark.parametrize(("order", "grids"), ORDERS)
+@pytest.mark.parametrize(
+    ("order", "grids"), [*ORDERS, ("regrouped", "original"), ("regrouped", "updated")]
+)
 def test_a_kernel_gives_the_codes_of_xla(scheme, order, grids, monkeypatch):
     """But for weights at a tie, whose columns part there: float32 sums have another order."""
     k, n = 512, 300
