@@ -316,7 +316,7 @@ def few_rows(x, w: QTensor, numbers: DimensionNumbers, precision: Any) -> Float[
     rows = rows.reshape(count, groups, length // groups)
     rows = jnp.pad(rows, [(0, max(0, _LEAST_ROWS - count)), (0, 0), (0, 0)])
     by_group = *w.shape[:axis], groups, length // groups, *w.shape[axis + 1 :]
-    codes = lax.stop_gradient(w.codes).astype(x.dtype).reshape(by_group)
+    codes = qtensor.readable(w).astype(x.dtype).reshape(by_group)
     group_numbers = (((2,), (axis + 1,)), ((1,), (axis,)))
     partial = float_dot(rows, codes, group_numbers, precision)  # [groups, rows, *w free]
 

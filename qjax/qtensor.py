@@ -46,6 +46,8 @@ class KernelLayout:
 # How a scheme calls the dtypes of scales that are not simply floats.
 SCALE_FORMATS: dict[str, ScaleFormat] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
 
+_SMALL = 2**20  # elements, see readable: a copy of so many takes no time worth mentioning
+
 _LEAVES = (
     "codes", "scale", "zero", "tensor_scale", "input_scale", "order", "columns", "outliers", "layer",
 )  # fmt: skip
@@ -377,12 +379,27 @@ def _taken(q: QTensor) -> QTensor:
     return q.replaced(**jax.tree.map(lambda leaf: leaf[q.layer], leaves), layer=None)
 
 
+def readable(q: QTensor) -> Shaped[Array, "..."]:
+    """The codes as they are stored, for a program to compute with.
+
+    Codes are no numbers to train, but JAX would give 8-bit floats a gradient: these have none.
+
+    XLA on a GPU reads int4 wrong where it makes one kernel of a small product and what the codes stand
+    for: of [32, 32], [32, 48] and [64, 32] weights every other output was zero, by what its tuner happened
+    to choose; of [64, 64] and larger ones none was (one NVIDIA H200, jax 0.11.2, 2026-11-28). So the codes
+    of small weights are widened in a kernel of their own there.
+    """
+    codes = jax.lax.stop_gradient(q.codes)
+    if codes.dtype != jnp.int4 or q.size >= _SMALL or jax.default_backend() != "gpu":
+        return codes
+    return jax.lax.optimization_barrier(codes.astype(jnp.int8))
+
+
 def unpacked(q: QTensor) -> Shaped[Array, "..."]:
     """The codes in the logical shape, inputs as they are stored: int8, or an 8-bit float."""
     q = plain(q)
     if not q.format.packed:
-        # Codes are no numbers to train, but JAX would give 8-bit floats a gradient.
-        return jax.lax.stop_gradient(q.codes).astype(q.format.dtype)
+        return readable(q).astype(q.format.dtype)
     return packing.unpack(q.codes, q.format.bits, q.shape[-1], signed=q.format.signed)
 
 
@@ -394,7 +411,7 @@ def centred(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "..."]:
     q = plain(q)
     if q.zero is None and q.format.kind != "codebook":
         # One conversion straight from the stored type: XLA fuses it into a dot, a chain it may not.
-        codes = unpacked(q) if q.format.packed else jax.lax.stop_gradient(q.codes)
+        codes = unpacked(q) if q.format.packed else readable(q)
         return codes.astype(dtype)
     values = formats.decode(unpacked(q), q.format)
     if q.zero is not None:
