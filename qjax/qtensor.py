@@ -384,10 +384,10 @@ def readable(q: QTensor) -> Shaped[Array, "..."]:
 
     Codes are no numbers to train, but JAX would give 8-bit floats a gradient: these have none.
 
-    XLA on a GPU reads int4 wrong where it makes one kernel of a small product and what the codes stand
-    for: of [32, 32], [32, 48] and [64, 32] weights every other output was zero, by what its tuner happened
-    to choose; of [64, 64] and larger ones none was (one NVIDIA H200, jax 0.11.2, 2026-11-28). So the codes
-    of small weights are widened in a kernel of their own there.
+    XLA on a GPU reads int4 wrong where it makes one kernel of a small product and its weight: with
+    [32, 32], [32, 48] and [64, 32] every other output was zero, by what its tuner happened to choose;
+    with [64, 64] and larger weights none was (one NVIDIA H200, jax 0.11.2, 2026-11-28). So the codes of
+    small weights are widened in a kernel of their own there.
     """
     codes = jax.lax.stop_gradient(q.codes)
     if codes.dtype != jnp.int4 or q.size >= _SMALL or jax.default_backend() != "gpu":

@@ -38,7 +38,9 @@ def calibrated(model: Decoder, scheme="w8a16-channel", method="rtn", **options) 
 
 
 def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return jnp.clip(x / scale, -448, 448).astype(jnp.float8_e4m3fn).astype(x.dtype) * scale
+    codes = jnp.clip(x / scale, -448, 448).astype(jnp.float8_e4m3fn)
+    # Else XLA on a GPU leaves both conversions out.
+    return jax.lax.optimization_barrier(codes).astype(x.dtype) * scale
 
 
 @nnx.jit
