@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from qjax import (
     activations,
@@ -329,9 +329,10 @@ def _fallback(inputs: Inputs | None) -> str:
 
 def _check(known: dict[str, Inputs], method: Method) -> None:
     """Refuses what no method can work with, before any work is done on it."""
-    for path, inputs in known.items():
+    finite = _are_finite([inputs.statistics.magnitude for inputs in known.values()])
+    for (path, inputs), is_finite in zip(known.items(), finite, strict=True):
         found = inputs.statistics
-        if not bool(jnp.isfinite(found.magnitude).all()):
+        if not bool(is_finite):
             raise ValueError(
                 f"{path}: its inputs are not finite: weights before it are damaged or overflow"
             )
@@ -340,6 +341,11 @@ def _check(known: dict[str, Inputs], method: Method) -> None:
                 f"{path}: {int(found.rows)} calibration tokens for {len(found.magnitude)} inputs; a "
                 f"Hessian of that many needs at least as many tokens, better ten times more"
             )
+
+
+@jax.jit
+def _are_finite(arrays: Sequence[Float[Array, "..."]]) -> list[Bool[Array, ""]]:
+    return [jnp.isfinite(array).all() for array in arrays]
 
 
 def _learn(

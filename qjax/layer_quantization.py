@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from qjax import activations, compilation, low_rank, nnx_layers, qtensor, statistics
+from qjax import activations, compilation, low_rank, nnx_layers, qtensor, rescaling, statistics
 from qjax.algorithms import gptq, llm_int8, round_nearest
 from qjax.assignment import Assignment
 from qjax.method import Method
@@ -116,6 +116,8 @@ def programs(
 ) -> list[jax.stages.Lowered]:
     """What :func:`quantize_layer` is going to run for some layers and takes long to compile.
 
+    And what makes plain values of its result, for the blocks behind it.
+
     Args:
       paths: of the layers.
       assignment: of their model.
@@ -140,6 +142,8 @@ def programs(
         inputs = math.prod(w.shape[i] for i in axis)
         hessian = jax.ShapeDtypeStruct((inputs, inputs), jnp.float32)
         found[alike] = [*lowered, _compared.lower(w, q, hessian)]
+        if scheme.activations is None:
+            found[alike].append(rescaling.dequantized.lower(q))
     return [program for some in found.values() for program in some]
 
 

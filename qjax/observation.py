@@ -151,8 +151,14 @@ def merged(a: Observed | None, b: Observed) -> Observed:
     """What both saw of the same layers."""
     if a is None:
         return b
-    both = zip(a.inputs, b.inputs, strict=True)
-    return replace(a, inputs=tuple(statistics.merged(x, y) for x, y in both))
+    return replace(a, inputs=_merged(a.inputs, b.inputs))
+
+
+@jax.jit
+def _merged(
+    a: tuple[InputStatistics, ...], b: tuple[InputStatistics, ...]
+) -> tuple[InputStatistics, ...]:
+    return tuple(statistics.merged(x, y) for x, y in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

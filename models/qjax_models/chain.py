@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder as the chain of blocks that calibrated quantization works through."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -26,7 +27,7 @@ def blockwise(model: Decoder, length: int) -> Blockwise:
         ('model/layers/1', ('self_attn/o_proj',))
     """
     positions = jnp.arange(length)[None]
-    full, sliding = model.model.rotations(positions, length)
+    full, sliding = jax.jit(model.model.rotations, static_argnums=1)(positions, length)
     config = model.config
     return Blockwise(
         blocks=tuple(

@@ -212,11 +212,9 @@ def quantize(
     parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     axes = round_nearest.contraction(w.ndim, axis, name)
     tile = _tile(w.shape, parsed, axes, options, name)
-    inputs = as_inputs(w, axes)
-    if inputs.shape[0] != len(factor.order):
-        raise ValueError(
-            f"{name}: {inputs.shape[0]} inputs, but the Hessian is of {len(factor.order)}"
-        )
+    k = math.prod(w.shape[a] for a in axes)
+    if k != len(factor.order):
+        raise ValueError(f"{name}: {k} inputs, but the Hessian is of {len(factor.order)}")
     weights = parsed.weights
     if options.grids == "updated" and (
         weights.granularity not in ("group", "channel") or weights.scale_format == "e4m3"
@@ -227,7 +225,7 @@ def quantize(
         )
     if not bool(_all_finite(w)):
         raise ValueError(f"{name}: NaN or an infinity among the weights; numbers are needed")
-    if not bool(jnp.isfinite(factor.damping)):
+    if not math.isfinite(float(factor.damping)):
         raise ValueError(f"{name}: the Hessian of its inputs is not finite; are the activations?")
     kernel = kernel_rounding.is_there(w)
     return _quantize(w, parsed, factor, axes, tile, search, options, kernel=kernel)
