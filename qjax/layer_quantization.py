@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from qjax import activations, compilation, low_rank, nnx_layers, qtensor, rescaling, statistics
+from qjax import activations, compilation, low_rank, nnx_layers, qtensor, statistics
 from qjax.algorithms import gptq, llm_int8, round_nearest
 from qjax.assignment import Assignment
 from qjax.method import Method
@@ -143,7 +143,7 @@ def programs(
         hessian = jax.ShapeDtypeStruct((inputs, inputs), jnp.float32)
         found[alike] = [*lowered, _compared.lower(w, q, hessian)]
         if scheme.activations is None:
-            found[alike].append(rescaling.dequantized.lower(q))
+            found[alike].append(jax.jit(qtensor.dequantize).lower(q))  # jit knows functions again
     return [program for some in found.values() for program in some]
 
 

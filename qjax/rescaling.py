@@ -196,12 +196,12 @@ def simulate(layer: nnx_layers.QuantizableLayer, q: QTensor) -> None:
     Blocks of plain values are one compiled program, whichever weights they hold.
     """
     if q.activations is None:
-        nnx_layers.variable_of(layer).set_value(dequantized(q))
+        nnx_layers.variable_of(layer).set_value(_dequantized(q))
     else:
         nnx_layers.install(layer, q)
 
 
-dequantized = jax.jit(qtensor.dequantize)  # one program, where each of its steps would be one
+_dequantized = jax.jit(qtensor.dequantize)  # one program, where each of its steps would be one
 
 
 def simulated(blank: Model, quantized: nnx.Module) -> Model:
