@@ -10,14 +10,16 @@ The report names an expert that fewer tokens reach than it has inputs; :mod:`qja
 calibrated with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from qjax import (
     assignment,
@@ -32,7 +34,7 @@ from qjax.assignment import Assignment
 from qjax.block_quantization import Activations, Task
 from qjax.blockwise import Blockwise
 from qjax.method import Method
-from qjax.nnx_layers import QuantizableLayer
+from qjax.nnx_layers import QuantizableLayer, named_variables
 from qjax.observation import ExpertTokens
 from qjax.post_training import copied
 from qjax.ranges import RangeSearch
@@ -72,7 +74,9 @@ def quantize_sequentially(
       recipe: which layers are held how; a scheme's name means that scheme everywhere.
       method: how weights are rounded, or its name.
       search: how the range of each tile is chosen, where ``method`` is a name; None: as suits it.
-      batch_size: windows at once; results do not depend on it but for the order of sums.
+      batch_size: windows at once; results do not depend on it but for the order of sums. Where the
+        model's arrays lie on a mesh (``NamedSharding``), the windows of a batch are spread over its
+        devices, if they are a multiple of these.
       experts: what an expert is calibrated with: ``"routed"``, the tokens that are sent to it, or
         ``"all"``.
       true_sequential: whether the layers of one input of a block are quantized before the statistics of
@@ -174,10 +178,30 @@ def _enter(
     for path in blockwise.entrance:
         storage.load(path, modules[path])
     for batch in batches:
-        x = blockwise.enter(jnp.asarray(batch))
+        x = blockwise.enter(_over_the_mesh(jnp.asarray(batch), modules))
         hidden.append(x.astype(block_quantization.compute_dtype() or x.dtype))
     for path in blockwise.entrance:
         storage.release(path, modules[path])
+
+
+def _over_the_mesh(
+    batch: Int[Array, "B T"], modules: Mapping[str, nnx.Module]
+) -> Int[Array, "B T"]:
+    """A batch whose windows are spread over the mesh of a model that lies on one.
+
+    What follows from it is so, too, and each device runs through its own windows. A batch that does not
+    divide goes to all of them.
+    """
+    values = (
+        v.get_value() for module in modules.values() for v in named_variables(module).values()
+    )
+    for value in values:
+        where = getattr(value, "sharding", None)
+        if isinstance(where, NamedSharding) and len(batch) % where.mesh.size == 0:
+            return jax.device_put(
+                batch, NamedSharding(where.mesh, PartitionSpec(where.mesh.axis_names))
+            )
+    return batch
 
 
 def _outside_the_blocks(

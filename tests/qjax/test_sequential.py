@@ -490,3 +490,51 @@ def test_a_rotation_needs_blocks_and_a_stream(model, tokens):
         qjax.quantize_model(model, "w8a16-g8", method=method)
     with pytest.raises(ValueError, match="rotation: none passes through the residual stream"):
         qjax.quantize_sequentially(model, chain, tokens, "w8a16-g8", method=method)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(jax.devices()[:2], ("data",))
+
+
+def replicated(model: Model, mesh: jax.sharding.Mesh) -> Model:
+    graphdef, state = nnx.split(model)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return nnx.merge(graphdef, jax.device_put(state, everywhere))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq", "learned"])
+def test_windows_are_spread_over_the_mesh_of_the_model(model, tokens, mesh, method):
+    spread = []
+
+    def watched(model: Model, length: int) -> Blockwise:
+        def enter(batch):
+            spread.append(batch.sharding.is_fully_replicated)
+            return model.embed(batch)
+
+        return dataclasses.replace(chain(model, length), enter=enter)
+
+    options = {"method": method, "batch_size": 4}
+    alone, _ = qjax.quantize_sequentially(model, chain, tokens[:5], "w4a16-g8", **options)
+    apart, _ = qjax.quantize_sequentially(
+        replicated(model, mesh), watched, tokens[:5], "w4a16-g8", **options
+    )
+    # Four windows go to two devices, the one that is left to both.
+    assert spread == [False, True] * (2 if method == "learned" else 1)
+    ours, theirs = (dict(quantized_layers(m)) for m in (apart, alone))
+    for path, q in theirs.items():
+        assert len(ours[path].codes.devices()) == 2
+        same = np.asarray(ours[path].codes) == np.asarray(q.codes)
+        assert same.mean() > 0.98, path  # sums of another order may turn a tie
+
+
+def test_calibration_takes_sharded_batches_as_they_lie(model, tokens, mesh):
+    over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    alone = qjax.calibrate(model, [jnp.asarray(tokens[:4]), jnp.asarray(tokens[4:])])
+    parts = [jax.device_put(part, over) for part in (tokens[:4], tokens[4:])]
+    spread = qjax.calibrate(replicated(model, mesh), parts)
+    for path in ("blocks/0/gate", "blocks/2/down", "lm_head"):
+        assert int(spread[path].rows) == tokens.size
+        for a, b in zip(jax.tree.leaves(spread[path]), jax.tree.leaves(alone[path]), strict=True):
+            # Sums of another order, of terms as large as the largest.
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(jnp.abs(b).max()))
