@@ -58,7 +58,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     summary += _static_inputs([s for layer in layers if (s := layer["input_scale"]) is not None])
     if values["kv_cache"] is not None:
         least, most = min(values["cache_scales"].values()), max(values["cache_scales"].values())
-        summary += f"; keys and values are kept as {values['kv_cache']}, {least:.3g} to {most:.3g}"
+        kept = values["kv_cache"]
+        summary += f"; keys and values are kept as {kept} by scales of {least:.3g} to {most:.3g}"
     headings = ("layer", "scheme", "shape", "bytes", "bits", "runs here as")
     console.result(values, table(headings, rows, left=2), summary, *checkpoint.notes)
 

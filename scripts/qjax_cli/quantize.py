@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--range",
         choices=("absmax", "percentile", "mse", "output"),
         help="what a tile's scale reaches to: its largest weight, the 99.9th percentile, or what "
-        "costs the weights or the layer's output least (default absmax; awq: output; learned: mse)",
+        "costs the weights or the layer's output least (default absmax; gptq, awq: output; learned: mse)",
     )
     parser.add_argument(
         "--calib",
