@@ -109,7 +109,7 @@ def test_programs_are_found():
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=name)
 def test_programs_run_help(path):
-    for package in ("torch", "transformers"):  # of the interop extra
+    for package in ("torch", "transformers", "llmcompressor"):  # of the interop extra
         if re.search(rf"^(import|from) {package}\b", path.read_text(), re.MULTILINE):
             pytest.importorskip(package)
     environment = os.environ | {

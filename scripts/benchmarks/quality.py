@@ -54,35 +54,7 @@ PEER_ROWS = {
     "w3a16-g128": ("gptq",),
     "w8a8": ("smoothquant",),
 }
-# Run by a process of its own: model, scheme, method, tokens, output.
-_PEER = """
-import sys, numpy as np
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
-from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-from llmcompressor.pipelines.cache import IntermediatesCache
-
-IntermediatesCache.pin_memory = lambda self, *args, **options: None  # asks for an accelerator
-model, scheme, method, tokens, output = sys.argv[1:]
-weights = dict(num_bits=int(scheme[1]), type="int", symmetric="asym" not in scheme, strategy="group",
-               group_size=128, dynamic=False)
-held = dict(config_groups={"group_0": dict(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
-recipe = {
-    "gptq": lambda: [GPTQModifier(**held)],
-    "awq": lambda: [AWQModifier(duo_scaling=True, n_grid=20), QuantizationModifier(**held)],
-    "smoothquant": lambda: [
-        SmoothQuantModifier(smoothing_strength=0.8),
-        QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
-    ],
-}[method]()
-ids = np.load(tokens)
-data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
-oneshot(model=model, recipe=recipe, output_dir=output, dataset=data, num_calibration_samples=len(ids),
-        max_seq_length=ids.shape[1], batch_size=1, shuffle_calibration_samples=False)
-"""
+_PEER = Path(__file__).with_name("llm_compressor.py")
 _PAGE = """\
 # Quality
 
@@ -174,7 +146,7 @@ class Study:
             options += ["--format", "orbax"] if whole else []
             _qjax("quantize", self.source, out, "--scheme", scheme, "--method", method, *options)
         else:
-            command = [sys.executable, "-c", _PEER, self.source, scheme, method, calibration, out]
+            command = [sys.executable, _PEER, self.source, scheme, method, calibration, out]
             _run(command, self.folder)
         seconds = time.perf_counter() - start
         judged = self._judged(out, "--baseline", self.source)

@@ -121,7 +121,7 @@ def test_gptq_of_each_expert_is_that_of_its_weight_and_its_tokens(model, tokens)
     sparse, rows = inputs_of_experts(model, MANY_TOKENS)
     weights = reference_routing(rows @ np.asarray(sparse.gate.kernel.get_value()), EXPERTS)
     by_path = {layer.path: layer for layer in report.layers}
-    options = qjax.Method.parse("gptq").rounding
+    how = qjax.Method.parse("gptq")
     for number, expert in enumerate(sparse.experts):
         gate, up, down = kernels(expert)
         mine = rows[weights[:, number] > 0] if tokens == "routed" else rows
@@ -129,8 +129,10 @@ def test_gptq_of_each_expert_is_that_of_its_weight_and_its_tokens(model, tokens)
         assert len(mine) > ENOUGH * 48
         for name, w, x in (("gate", gate, mine), ("up", up, mine), ("down", down, hidden)):
             path = f"model/layers/0/mlp/experts/{number}/{name}_proj"
-            factor = gptq.factor(jnp.asarray(x.T @ x), options, 16)
-            expected = gptq.quantize(jnp.asarray(w), "w4a16-g16", factor, options=options)
+            factor = gptq.factor(jnp.asarray(x.T @ x), how.rounding, 16)
+            expected = gptq.quantize(
+                jnp.asarray(w), "w4a16-g16", factor, options=how.rounding, search=how.search
+            )
             q = quantized_layers(quantized)[path]
             assert same_codes(q, expected), path
             entry = by_path[path]
@@ -183,7 +185,7 @@ def test_experts_of_too_few_tokens_are_named_and_filled_up(unbalanced):
     sparse, rows = inputs_of_experts(unbalanced)
     goes = tokens_of_experts(unbalanced)
     assert 0 == goes[:, 3].sum() < goes[:, 2].sum() < 20 and goes[:, :2].sum(0).min() > 48
-    options = qjax.Method.parse("gptq").rounding
+    how = qjax.Method.parse("gptq")
     by_path = {layer.path: layer for layer in report.layers}
     for number, expert in enumerate(sparse.experts):
         mine = goes[:, number]
@@ -194,8 +196,10 @@ def test_experts_of_too_few_tokens_are_named_and_filled_up(unbalanced):
             missing = min(ENOUGH * len(w), len(x)) - mine.sum()
             short = mine.sum() < len(w)
             hessian = x[mine].T @ x[mine] + missing * (x.T @ x) / len(x)
-            factor = gptq.factor(jnp.asarray(hessian), options, 16)
-            expected = gptq.quantize(jnp.asarray(w), "w4a16-g16", factor, options=options)
+            factor = gptq.factor(jnp.asarray(hessian), how.rounding, 16)
+            expected = gptq.quantize(
+                jnp.asarray(w), "w4a16-g16", factor, options=how.rounding, search=how.search
+            )
             assert same_codes(quantized_layers(quantized)[path], expected), path
             assert by_path[path].calibration_rows == mine.sum()
             said = (

@@ -265,11 +265,11 @@ def test_true_sequential_sees_the_quantized_layers_of_a_block_too(model, tokens,
         for name, rows in (("gate", normed), ("up", normed), ("down", inner)):
             rows, w = rows.reshape(TOKENS[0] * TOKENS[1], -1), getattr(before, name).kernel[...]
             hessian = jnp.matmul(rows.T, rows, precision="highest")
-            options = gptq.Options(order="by-group")
+            how = Method.parse("gptq")
             factor = gptq.factor(
-                hessian, options, held[f"blocks/{i}/{name}"].scheme.weights.group_size
+                hessian, how.rounding, held[f"blocks/{i}/{name}"].scheme.weights.group_size
             )
-            expected = gptq.quantize(w, scheme, factor, options=options)
+            expected = gptq.quantize(w, scheme, factor, options=how.rounding, search=how.search)
             codes = (
                 np.asarray(qtensor.unpacked(q)) for q in (held[f"blocks/{i}/{name}"], expected)
             )

@@ -50,14 +50,14 @@ class QuantizationConfig:
     Attributes:
         groups: in file order.
         ignore: layers that stay plain, in the three forms of a target.
-        kv_cache: how keys and values are kept, one of `qjax.kv_cache.SCHEMES`; None: as they are.
         notes: what else it says that is read with a difference, a line each.
+        kv_cache: how keys and values are kept, one of `qjax.kv_cache.SCHEMES`; None: as they are.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
-    kv_cache: str | None
     notes: tuple[str, ...]
+    kv_cache: str | None = None
 
     def group_of(self, layer: str) -> Group | None:
         """Returns the group of a linear layer: by its name, else by a pattern, else by its class."""
