@@ -14,7 +14,7 @@ from qjax_cli.demo.study import Row
 _WEIGHT_ONLY, _BOTH = "#2f6fde", "#d9622b"
 
 
-_LABEL_HEIGHT, _LABEL_WIDTH, _LABEL_GAP = 12.0, 150.0, 12.0  # points
+_LABEL_HEIGHT, _LABEL_WIDTH, _LABEL_GAP = 12.0, 160.0, 12.0  # points
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -59,7 +59,7 @@ def _label(axes: Axes, rows: Sequence[Row], *, points_per_pixel: float) -> None:
             row, (x, y) = rows[i], at[i]
             digits = 2 if row.perplexity < 1000 else 0
             axes.annotate(
-                f"{row.scheme}  {row.perplexity:,.{digits}f}",
+                f"{row.name}  {row.perplexity:,.{digits}f}",
                 (row.bits_per_weight, row.kl),
                 xytext=(
                     right - x + _LABEL_GAP * min(len(crowd), 2),
@@ -78,7 +78,8 @@ def _crowds(at: Float[np.ndarray, "n 2"]) -> list[list[int]]:
     for i in sorted(range(len(at)), key=lambda i: -at[i][1]):
         for crowd in crowds:
             x, y = at[crowd[-1]]
-            if abs(x - at[i][0]) < _LABEL_WIDTH and y - at[i][1] < _LABEL_HEIGHT:
+            # A column of labels reaches higher than its points: the next above joins it, too.
+            if abs(x - at[i][0]) < _LABEL_WIDTH and y - at[i][1] < 1.5 * _LABEL_HEIGHT:
                 crowd.append(i)
                 break
         else:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 import qjax
 from qjax_checkpoints import shipped
@@ -31,13 +33,15 @@ from qjax_cli.console import Console, table
 from qjax_cli.demo import chart, page
 from qjax_cli.demo.study import Row, Study
 
-SCHEMES = (
-    "w8a16-g128", "w8a8", "fp8-dynamic", "mxfp8", "nf4-g64", "w4a16-g32", "w4a16-g128",
-    "w4a16-g128-asym", "nvfp4", "mxfp4", "w3a16-g128", "w2a16-g64",
+MEASURED = (
+    ("w8a16-g128", "rtn"), ("w8a8", "rtn"), ("fp8-dynamic", "rtn"), ("mxfp8", "rtn"),
+    ("nf4-g64", "rtn"), ("w4a16-g32", "rtn"), ("w4a16-g128", "rtn"), ("w4a16-g128", "gptq"),
+    ("w4a16-g128", "awq"), ("w4a16-g128-asym", "rtn"), ("nvfp4", "rtn"), ("mxfp4", "rtn"),
+    ("w3a16-g128", "rtn"), ("w3a16-g128", "gptq"), ("w2a16-g64", "rtn"), ("w2a16-g64", "gptq"),
 )  # fmt: skip
-COMPARED = "w4a16-g128"  # generates beside the model as it is
+COMPARED = ("w4a16-g128", "gptq")  # generates beside the model as it is
 
-_WINDOWS, _LENGTH, _NEW_TOKENS = 24, 512, 48
+_WINDOWS, _CALIBRATION, _LENGTH, _NEW_TOKENS = 24, 32, 512, 48
 _PROMPTS = (
     "def read_json(path):",
     "# Compute the mean of a list of numbers.\ndef mean(",
@@ -65,23 +69,26 @@ def run(args: argparse.Namespace, console: Console) -> None:
             shipped.model_path(), vocab_size=checkpoint.model.config.vocab_size
         )
         windows = text.windows(shipped.evaluation_text(), tokenizer, _LENGTH)
-        # Spread over the whole text, so that no module weighs more than another.
-        windows = windows[:: max(1, len(windows) // _WINDOWS)][:_WINDOWS]
+        judged = _spread(np.arange(len(windows)), _WINDOWS)
+        others = np.delete(np.arange(len(windows)), judged)
         study = Study(
             model=checkpoint.model,
-            windows=windows,
-            prompts=[tokenizer.encode(prompt) for prompt in _PROMPTS],
-            new_tokens=_NEW_TOKENS,
+            calibration=windows[_spread(others, _CALIBRATION)],
+            windows=windows[judged],
         )
         console.note(
-            f"measuring {1 + len(SCHEMES)} models on {windows.size:,} tokens: two minutes on two cores"
+            f"measuring {1 + len(MEASURED)} models on {study.windows.size:,} tokens: three minutes on "
+            "two cores"
         )
-        rows, spoken = [], {}
-        with console.progress("measuring", 1 + len(SCHEMES)) as bar:
-            for row, continuations in study.rows(SCHEMES):
+        prompts = [tokenizer.encode(prompt) for prompt in _PROMPTS]
+        rows, spoken = [], []
+        with console.progress("measuring", 1 + len(MEASURED)) as bar:
+            for row, model in study.measured(MEASURED):
                 rows.append(row)
-                spoken[row.scheme] = [tokenizer.decode(ids) for ids in continuations]
-                bar.advance(f"{row.scheme} measured")
+                if row.method is None or (row.scheme, row.method) == COMPARED:
+                    continued = study.continued(model, prompts, _NEW_TOKENS)
+                    spoken.append([tokenizer.decode(ids) for ids in continued])
+                bar.advance(f"{row.name} measured")
         values = _values(study, rows, spoken)
         values["seconds"] = time.perf_counter() - start
         _write(folder, values, rows)
@@ -93,14 +100,17 @@ def run(args: argparse.Namespace, console: Console) -> None:
     )
 
 
-def _values(study: Study, rows: list[Row], spoken: dict[str, list[str]]) -> dict[str, Any]:
+def _spread(indices: Int[np.ndarray, " all"], count: int) -> Int[np.ndarray, " n"]:
+    """Some windows of the whole text, so that no module weighs more than another."""
+    return indices[:: max(1, len(indices) // count)][:count]
+
+
+def _values(study: Study, rows: list[Row], spoken: list[list[str]]) -> dict[str, Any]:
     embedding = study.model.model.embed_tokens.embedding[...]
     leaves = jax.tree.leaves(nnx.state(study.model))
     samples = [
         {"prompt": prompt, "plain": plain, "quantized": quantized}
-        for prompt, plain, quantized in zip(
-            _PROMPTS, spoken[rows[0].scheme], spoken[COMPARED], strict=True
-        )
+        for prompt, plain, quantized in zip(_PROMPTS, *spoken, strict=True)
     ]
     return {
         "device": _device(),
@@ -111,14 +121,17 @@ def _values(study: Study, rows: list[Row], spoken: dict[str, list[str]]) -> dict
         "parameters": sum(leaf.size for leaf in leaves),
         "embedding_mebibytes": embedding.nbytes / 2**20,
         "tokens": study.windows.shape[0] * (study.windows.shape[1] - 1),
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "compared": COMPARED,
+        "calibration_tokens": study.calibration.size,
+        "rows": [dataclasses.asdict(row) | {"name": row.name} for row in rows],
+        "compared": " ".join(COMPARED),
         "samples": samples,
     }
 
 
 def _write(folder: Path, values: dict[str, Any], rows: list[Row]) -> None:
-    title = f"The shipped model, rounded to nearest; {values['tokens']:,} tokens"
+    title = (
+        f"The shipped model, rounded to nearest or by the method named; {values['tokens']:,} tokens"
+    )
     chart.draw(rows, title, folder / "quality.png")
     page.write(folder / "report.html", values, folder / "quality.png")
     (folder / "demo.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
@@ -127,17 +140,16 @@ def _write(folder: Path, values: dict[str, Any], rows: list[Row]) -> None:
 def _table(rows: list[Row]) -> str:
     cells = [
         [
-            row.scheme,
+            row.name,
             f"{row.bits_per_weight:.3f}",
             f"{row.mebibytes:.2f}",
             _perplexity(row.perplexity),
             f"{row.perplexity_change:+,.{2 if row.perplexity < 1000 else 0}f}" if i else "",
             f"{row.kl:.5f}" if i else "",
-            f"{row.decode_tokens_per_second:.0f}",
         ]
         for i, row in enumerate(rows)
     ]
-    headings = ("scheme", "bits/weight", "MiB", "perplexity", "change %", "KL", "tokens/s")
+    headings = ("scheme, method", "bits/weight", "MiB", "perplexity", "change %", "KL")
     return table(headings, cells)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model in many schemes: size, quality and speed of each."""
+"""One model in many schemes, by several methods: size and quality of each."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ import qjax
 from qjax.evaluation import logits_of
 from qjax.formats import device_bytes
 from qjax.nnx_layers import quantizable_layers, weight_of
-from qjax_models import Decoder
+from qjax.post_training import copied
+from qjax.rescaling import simulated
+from qjax_models import Decoder, blockwise
 from qjax_models.generate import Generator
 
 
@@ -22,23 +24,28 @@ class Row:
 
     Attributes:
       scheme: its name; the dtype's name for the model as it is.
+      method: how weights were quantized; None for the model as it is.
       quantizes_activations: whether products take activations in few bits too.
       bits_per_weight: stored bits a weight of the quantized layers, scales included.
       mebibytes: of the whole model, embeddings and norms included.
       perplexity: on the evaluation windows.
       perplexity_change: from the model as it is, percent.
       kl: divergence from the model as it is, nats a token.
-      decode_tokens_per_second: of all prompts together, compilation left out.
     """
 
     scheme: str
+    method: str | None
     quantizes_activations: bool
     bits_per_weight: float
     mebibytes: float
     perplexity: float
     perplexity_change: float
     kl: float
-    decode_tokens_per_second: float
+
+    @property
+    def name(self) -> str:
+        """Of the scheme, and of the method unless that is rounding to nearest."""
+        return self.scheme if self.method in (None, "rtn") else f"{self.scheme} {self.method}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,61 +54,72 @@ class Study:
 
     Attributes:
       model: as it was loaded.
+      calibration: tokens for the methods that look at some.
       windows: evaluation tokens.
-      prompts: token ids of each prompt to continue.
-      new_tokens: length of a continuation.
     """
 
     model: Decoder
+    calibration: Int32[np.ndarray, "m length"]
     windows: Int32[np.ndarray, "n length"]
-    prompts: Sequence[list[int]]
-    new_tokens: int
 
     @property
     def dtype(self) -> str:
         """What the model's weights are as it was loaded."""
         return str(self.model.model.embed_tokens.embedding[...].dtype)
 
-    def rows(self, schemes: Sequence[str]) -> Iterator[tuple[Row, list[list[int]]]]:
-        """Measures the model as it is, then in each scheme.
+    def measured(self, wanted: Sequence[tuple[str, str]]) -> Iterator[tuple[Row, Decoder]]:
+        """Measures the model as it is, then in each scheme by the method beside it.
 
         Yields:
-          The row, and the greedy continuation of each prompt.
+          The row, and the model.
         """
         plain = qjax.evaluate(self.model, self.windows)
         # Once, and not again for every scheme: a fourth of the time.
         baseline = logits_of(self.model, self.windows)
-        _, report = qjax.quantize_model(self.model, schemes[0])
+        _, report = qjax.quantize_model(self.model, wanted[0][0])
         layers = {layer.path for layer in report.quantized}
-        yield self._row(self.dtype, self.model, plain.perplexity, plain.perplexity, 0.0, layers)
-        for scheme in schemes:
-            model, _ = qjax.quantize_model(self.model, scheme)
-            judged = qjax.evaluate(model, self.windows, baseline=baseline)
-            assert judged.kl is not None
-            yield self._row(scheme, model, judged.perplexity, plain.perplexity, judged.kl, layers)
+        yield self._row(self.dtype, None, self.model, plain, plain, layers), self.model
+        for scheme, method in wanted:
+            model = self._quantized(scheme, method)
+            # Where weights alone are quantized, by their values: one compiled program serves all schemes.
+            judged = qjax.evaluate(
+                simulated(copied(self.model), model), self.windows, baseline=baseline
+            )
+            yield self._row(scheme, method, model, judged, plain, layers), model
+
+    def continued(
+        self, model: Decoder, prompts: Sequence[list[int]], count: int
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts."""
+        generator = Generator(model, capacity=max(map(len, prompts)) + count)
+        return generator.generate(prompts, count).tokens
+
+    def _quantized(self, scheme: str, method: str) -> Decoder:
+        if method == "rtn":
+            return qjax.quantize_model(self.model, scheme)[0]
+        return qjax.quantize_sequentially(
+            self.model, blockwise, self.calibration, scheme, method=method
+        )[0]
 
     def _row(
         self,
-        name: str,
+        scheme: str,
+        method: str | None,
         model: Decoder,
-        perplexity: float,
-        reference: float,
-        kl: float,
+        judged: qjax.Evaluation,
+        plain: qjax.Evaluation,
         layers: set[str],
-    ) -> tuple[Row, list[list[int]]]:
+    ) -> Row:
         weights = [weight_of(layer) for path, layer in quantizable_layers(model) if path in layers]
-        capacity = max(map(len, self.prompts)) + self.new_tokens
-        spoken = Generator(model, capacity=capacity).generate(self.prompts, self.new_tokens)
-        row = Row(
-            scheme=name,
+        return Row(
+            scheme=scheme,
+            method=method,
             quantizes_activations=any(
                 isinstance(w, qjax.QTensor) and w.activations is not None for w in weights
             ),
             bits_per_weight=8 * sum(w.nbytes for w in weights) / sum(w.size for w in weights),
             mebibytes=device_bytes(nnx.state(model)) / 2**20,
-            perplexity=perplexity,
-            perplexity_change=100 * (perplexity / reference - 1),
-            kl=kl,
-            decode_tokens_per_second=spoken.timing.decode_tokens_per_second,
+            perplexity=judged.perplexity,
+            perplexity_change=100 * (judged.perplexity / plain.perplexity - 1),
+            kl=judged.kl or 0.0,
         )
-        return row, spoken.tokens
