@@ -116,13 +116,13 @@ def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, 
                 value = _assemble(entry, value, dtype)
             except ValueError as error:
                 raise ValueError(f"{path / DESCRIPTION_FILE}: parameter {name}: {error}") from error
+        check_numbers(value, f"{path}: parameter {name}")
+        if isinstance(value, QTensor):
+            place(layers[name.rpartition("/")[0]], variables[name], value)
+            continue
         if isinstance(variables[name], kv_cache.CacheScale):
             check_positive(value, f"{path}: parameter {name}")
-        check_numbers(value, f"{path}: parameter {name}")
-        if not isinstance(value, QTensor):
-            variables[name].set_value(value)
-            continue
-        place(layers[name.rpartition("/")[0]], variables[name], value)
+        variables[name].set_value(value)
     return model, config
 
 
