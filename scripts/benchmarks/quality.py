@@ -193,8 +193,10 @@ def page(rows: Sequence[dict[str, Any]], unquantized: float) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     method = row["method"] if row["by"] == "qjax" else f"{row['method']}, {row['by']}"
+    works = row["perplexity"] < 1000
     cells = (
-        method, f"{row['perplexity']:.3f}", f"{row['change']:+.2f} %", f"{row['kl']:.4f}",
+        method, f"{row['perplexity']:,.{3 if works else 0}f}",
+        f"{row['change']:+.2f} %" if works else "unusable", f"{row['kl']:.4f}",
         f"{row['seconds']:.0f}", f"{row['bytes'] / 1e6:.2f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
