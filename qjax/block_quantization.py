@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One block of a model: what its layers multiply, their weights to QTensors, and what leaves the block.
 
-All layers of a block are calibrated on what its original weights make of the tokens. With
-``true_sequential``, as the code of Frantar et al. calls it, statistics are taken anew for each input,
-that of queries, keys and values, of the output, of gate and up, of down, with the layers before it
-quantized.
+All layers of a block are calibrated on what its original weights make of the tokens, in one pass, and a
+second takes the tokens through the quantized block. With ``true_sequential``, as the code of Frantar et
+al. calls it, one pass halts at each input, that of queries, keys and values, of the output, of gate and
+up, of down, and goes on through the layers that were quantized there.
 """
 
 import concurrent.futures
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from qjax import (
     activations,
-    compilation,
-    experts,
+    block_passes,
     kv_cache,
     layer_quantization,
     nnx_layers,
@@ -32,15 +31,13 @@ from qjax import (
     rescaling,
 )
 from qjax.assignment import Assignment
+from qjax.block_passes import Activations, BlockPass
 from qjax.blockwise import Block, Cache
 from qjax.layer_quantization import Inputs
 from qjax.method import Method
 from qjax.observation import ExpertTokens, Observed
 from qjax.post_training import copied
 from qjax.report import LayerReport
-from qjax.spilled import SpilledArrays
-
-Activations = list[Array] | SpilledArrays  # the batches between two blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,28 +69,27 @@ class Task:
         """Those of them that are quantized."""
         return [path for path in self.paths(block) if self.assigned.scheme(path) is not None]
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of a pass through a block."""
-        return {
-            "apply": self.apply,
-            "compute_dtype": compute_dtype(),
-            "experts": self.experts,
-        }
+    def names(self, block: Block) -> tuple[str, ...]:
+        """Those that are quantized by their paths in the block."""
+        return tuple(path.removeprefix(f"{block.path}/") for path in self.wanted(block))
 
+    def looks_at_inputs(self, block: Block) -> bool:
+        """Whether it matters what the layers of a block multiply."""
+        wanted = self.wanted(block)
+        static = any(map(self.assigned.is_static, wanted))
+        return (self.method.calibrated or static) and bool(wanted)
 
-def compute_dtype() -> Any:
-    """What activations are computed in: on a CPU, which has no 16-bit products, float32."""
-    return jnp.float32 if jax.default_backend() == "cpu" else None
+    def goes_on(self, block: Block) -> bool:
+        """Whether the pass that statistics are taken in can go on to the end of the block.
 
+        Not where the block is changed behind it: by learning, or by a cache in few bits.
+        """
+        changed = self.method.learned is not None or self.cache is not None
+        return self.true_sequential and not changed and self.looks_at_inputs(block)
 
-def advance(hidden: Activations, module: nnx.Module, block: Block, task: Task) -> None:
-    """Replaces the activations before a block by those after it, batch by batch."""
-    graphdef, state = nnx.split(module)
-    for i in range(len(hidden)):
-        output, _ = _run(graphdef, state, hidden[i], block.context, **task.options)
-        assert output is not None  # of a run in which nothing is watched
-        hidden[i] = output
+    def passing(self, block: Block, hidden: Activations) -> BlockPass:
+        """A pass through a block."""
+        return BlockPass(block=block, hidden=hidden, apply=self.apply, experts=self.experts)
 
 
 def compile_ahead(block: Block, x: Float[Array, "B T D"], task: Task) -> None:
@@ -102,29 +98,30 @@ def compile_ahead(block: Block, x: Float[Array, "B T D"], task: Task) -> None:
     lowered = layer_quantization.programs(wanted, task.assigned, method)
     if not lowered:  # of other methods none takes long
         return
-
-    def lower(module: nnx.Module, **options: Any) -> Any:
-        return _run.lower(*nnx.split(module), x, block.context, **task.options, **options)
-
+    passing, names = task.passing(block, [x]), task.names(block)
+    watching = functools.partial(passing.lowered, block.module, hessians=method.needs_hessians)
+    if task.true_sequential:
+        for i, layers in enumerate(passing.halts(names)):
+            keep = i > 0 and task.goes_on(block)
+            lowered.append(watching(wanted=layers, keep=keep))
+            if keep:
+                passing.keep(layers, [lowered[-1].out_info.input])
+    elif method.rescaling is None:
+        lowered.append(watching(wanted=names, keep=False))
     finished = copied(block.module)
     kv_cache.expect(finished)
-    lowered.append(lower(finished))
-    if method.rescaling is None:
-        names = tuple(path.removeprefix(f"{block.path}/") for path in wanted)
-        lowered.append(lower(block.module, wanted=names, hessians=method.needs_hessians))
+    lowered.append(passing.lowered(finished))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(lambda program: program.compile(), lowered))
 
 
-def quantize_block(
-    block: Block, hidden: Activations, targets: Activations, task: Task
-) -> tuple[LayerReport, ...]:
+def quantize_block(passing: BlockPass, targets: Activations, task: Task) -> tuple[LayerReport, ...]:
     """Quantizes the layers of a block in place.
 
     Args:
-      block: whose weights are there.
-      hidden: what reaches it.
-      targets: what it should give, where something is learned.
+      passing: a pass through the block, whose weights are there. It has come as far as
+        :func:`pass_on` wants it.
+      targets: what the block should give, where something is learned.
       task: how.
 
     Returns:
@@ -133,25 +130,42 @@ def quantize_block(
     Raises:
       ValueError: as :func:`qjax.quantize_sequentially` does.
     """
+    block, hidden = passing.block, passing.hidden
     wanted, method = task.wanted(block), task.method
     known: dict[str, Inputs] = {}
-    turns: list[list[str]] = []
-    static = any(map(task.assigned.is_static, wanted))
-    if (method.calibrated or static) and wanted:
-        observed, few = _statistics(block, wanted, hidden, task)
+    in_turn = task.true_sequential and task.looks_at_inputs(block)
+    if task.looks_at_inputs(block) and (not in_turn or method.rescaling is not None):
+        observed, few = passing.observed(
+            block.module, task.names(block), hessians=method.needs_hessians
+        )
         if method.rescaling is not None:
             observed = _rescaled(block, observed, hidden, method.rescaling, task)
         known = layer_quantization.inputs_of(observed, f"{block.path}/", few)
         _check(known, method)
-        turns = [[f"{block.path}/{path}" for path in layers] for layers in observed.layers]
     # Where nothing is learned, each weight may go as soon as its codes are there.
     was = block if method.learned is None else replace(block, module=copied(block.module))
-    reports = _in_turn(block, turns, known, hidden, task) if task.true_sequential else {}
+    reports = _in_turn(passing, known, task) if in_turn else {}
     paths = task.paths(block)
     reports |= _rounded([path for path in paths if path not in reports], known, task)
     if method.learned is not None and wanted:
         reports |= _learn(was, block.module, reports, known, list(hidden), list(targets), task)
     return tuple(reports[path] for path in paths)
+
+
+def pass_on(passing: BlockPass, module: nnx.Module, task: Task, *, begun: bool) -> None:
+    """Replaces the activations before a block by those after it.
+
+    Args:
+      passing: a pass through the block.
+      module: what stands for the quantized block.
+      task: how it was quantized.
+      begun: whether :func:`quantize_block` did it in this pass. If it was done before, the pass halts
+        where that one did, so that the same programs give the same bits.
+    """
+    if task.goes_on(passing.block) and not begun:
+        for _ in _at_each_halt(passing, module, task):
+            pass
+    passing.finish(module)
 
 
 def find_cache_scales(block: Block, hidden: Activations, task: Task) -> None:
@@ -171,8 +185,13 @@ def find_cache_scales(block: Block, hidden: Activations, task: Task) -> None:
     largest = np.zeros(len(task.cache.scales), np.float32)
     for x in hidden:
         found = _largest_kept(
-            graphdef, state, x, block.context, kept=task.cache.kept, compute_dtype=compute_dtype()
-        )
+            graphdef,
+            state,
+            x,
+            block.context,
+            kept=task.cache.kept,
+            compute_dtype=block_passes.compute_dtype(),
+        )  # fmt: skip
         largest = np.maximum(largest, np.asarray(found))
     scales = kv_cache.scales_of(block.module)
     for path, absmax in zip(task.cache.scales, largest, strict=True):
@@ -202,60 +221,6 @@ def _largest_kept(
     return jnp.stack([jnp.max(jnp.abs(array)).astype(jnp.float32) for array in found])
 
 
-def _statistics(
-    block: Block, paths: Sequence[str], hidden: Activations, task: Task
-) -> tuple[Observed, dict[str, int]]:
-    """What layers multiply, and how many tokens those had whose statistics were filled up."""
-    observe = functools.partial(_observed, block, hidden, task=task)
-    observed = observe([path.removeprefix(f"{block.path}/") for path in paths])
-    return experts.filled_up(observed, functools.partial(observe, experts="all"))
-
-
-def _observed(
-    block: Block, hidden: Activations, wanted: Sequence[str], task: Task, **options: Any
-) -> Observed:
-    """The statistics of some of a block's layers over all batches."""
-    graphdef, state = nnx.split(block.module)
-    options = task.options | {"hessians": task.method.needs_hessians} | options
-    total = None
-    for x in hidden:
-        _, observed = _run(graphdef, state, x, block.context, wanted=tuple(wanted), **options)
-        total = observation.merged(total, observed)
-    assert total is not None
-    return total
-
-
-# The output is left out of the program where nobody takes it: what only it needs is not computed.
-@functools.partial(
-    jax.jit,
-    static_argnames=("graphdef", "apply", "compute_dtype", "wanted", "hessians", "experts"),
-    compiler_options=compilation.WITHOUT_TRIALS,
-)
-def _run(
-    graphdef: Any,
-    state: Any,
-    x: Float[Array, "B T D"],
-    context: Any,
-    *,
-    apply: Callable[..., Any],
-    compute_dtype: Any,
-    wanted: tuple[str, ...] = (),
-    hessians: bool = False,
-    experts: ExpertTokens = "routed",
-) -> tuple[Float[Array, "B T D"] | None, Observed]:
-    module = nnx.merge(graphdef, state)
-    result = []
-    observed = observation.observe(
-        module,
-        lambda: result.append(apply(module, x, context)),
-        hessians=hessians,
-        compute_dtype=compute_dtype,
-        wanted=wanted.__contains__,
-        experts=experts,
-    )
-    return None if wanted else result[0], observed
-
-
 def _rescaled(
     block: Block, observed: Observed, hidden: Activations, options: rescaling.Rescaling, task: Task
 ) -> Observed:
@@ -265,7 +230,13 @@ def _rescaled(
         for path in layers
     }
     return rescaling.rescale(
-        block, observed, schemes, options, _samples(hidden), task.apply, compute_dtype()
+        block,
+        observed,
+        schemes,
+        options,
+        _samples(hidden),
+        task.apply,
+        block_passes.compute_dtype(),
     )
 
 
@@ -283,32 +254,36 @@ def _samples(hidden: Activations, most: int = 4096) -> Float[Array, "B T D"]:
     return jnp.concatenate(list(rows))
 
 
-def _in_turn(
-    block: Block,
-    turns: Sequence[Sequence[str]],
-    known: dict[str, Inputs],
-    hidden: Activations,
-    task: Task,
-) -> dict[str, LayerReport]:
+def _in_turn(passing: BlockPass, known: dict[str, Inputs], task: Task) -> dict[str, LayerReport]:
     """Quantizes layers one input after the other, each seeing what the quantized ones before it give.
 
     Args:
-      block: changed in place.
-      turns: the layers of each input, in the order in which they are reached.
+      passing: through the block, which is changed in place.
       known: of the inputs while nothing is quantized; brought up to date.
-      hidden: what reaches the block.
       task: how.
     """
-    reports: dict[str, LayerReport] = {}
+    block, reports = passing.block, {}
     plain = copied(block.module)
-    for i, paths in enumerate(turns):
-        if i:
-            now = replace(block, module=rescaling.simulated(plain, block.module))
-            observed, few = _statistics(now, paths, hidden, task)
-            known |= layer_quantization.inputs_of(observed, f"{block.path}/", few)
-            _check({path: known[path] for path in paths}, task.method)
-        reports |= _rounded(paths, known, task)
+    for layers, observed, few in _at_each_halt(passing, plain, task):
+        found = layer_quantization.inputs_of(observed, f"{block.path}/", few)
+        _check(found, task.method)
+        known |= found
+        reports |= _rounded([f"{block.path}/{path}" for path in layers], known, task)
+        rescaling.simulated(plain, block.module)
     return reports
+
+
+def _at_each_halt(
+    passing: BlockPass, module: nnx.Module, task: Task
+) -> Iterator[tuple[tuple[str, ...], Observed, dict[str, int]]]:
+    """The layers of each input of a block, their statistics, and how few tokens some had."""
+    # The first input is a norm away from what reaches the block: to keep it saves nothing.
+    for i, layers in enumerate(passing.halts(task.names(passing.block))):
+        observed, few = passing.observed(
+            module, layers, hessians=task.method.needs_hessians,
+            keep=i > 0 and task.goes_on(passing.block),
+        )  # fmt: skip
+        yield layers, observed, few
 
 
 def _rounded(paths: Sequence[str], known: dict[str, Inputs], task: Task) -> dict[str, LayerReport]:
@@ -380,7 +355,7 @@ def _learn(
         targets,
         apply=task.apply,
         options=method.learned,
-        compute_dtype=compute_dtype(),
+        compute_dtype=block_passes.compute_dtype(),
     )
     layers = dict(nnx_layers.quantizable_layers(quantized))
     before = dict(nnx_layers.quantizable_layers(was.module))

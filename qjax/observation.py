@@ -11,7 +11,7 @@ the expert is for. Statistics are of those, or of all (``ExpertTokens``).
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -83,6 +83,8 @@ def observe(
     compute_dtype: Any = None,
     wanted: Callable[[str], bool] = lambda path: True,
     experts: ExpertTokens = "routed",
+    given: Mapping[str, Array] = {},  # noqa: B006  not changed
+    on_input: Callable[[Array], None] = lambda x: None,
 ) -> Observed:
     """Runs a model and keeps statistics of what its layers multiply.
 
@@ -96,6 +98,8 @@ def observe(
       compute_dtype: what layers compute in; None: what they would.
       wanted: which layers to watch, by path.
       experts: which rows count, of layers that some of the rows are meant for.
+      given: what some layers multiply in place of what they are handed, by path.
+      on_input: called with each input that is watched, once for all its layers.
 
     Raises:
       ValueError: a layer is called twice, or multiplies a batch of weights.
@@ -104,8 +108,10 @@ def observe(
     for path, layer in nnx_layers.quantizable_layers(module):
         if isinstance(layer, nnx.Embed):
             continue
-        watch = _Watch(path, layer, seen, hessians, experts) if wanted(path) else None
-        hook = functools.partial(_promote, watch=watch, compute_dtype=compute_dtype)
+        watch = _Watch(path, layer, seen, hessians, experts, on_input) if wanted(path) else None
+        hook = functools.partial(
+            _promote, watch=watch, compute_dtype=compute_dtype, given=given.get(path)
+        )
         setattr(layer, "promote_dtype", hook)  # noqa: B010  Flax declares it with a type of its own
     run()
     return Observed(
@@ -176,6 +182,7 @@ class _Watch:
     seen: dict[tuple[int, int], _Seen]
     hessians: bool
     experts: ExpertTokens
+    on_input: Callable[[Array], None]
 
     def __call__(self, x: Num[Array, "..."]) -> None:
         if any(self.path in entry.paths for entry in self.seen.values()):
@@ -187,6 +194,8 @@ class _Watch:
         if key in self.seen:
             self.seen[key].paths.append(self.path)
             return
+        if all(x is not entry.x for entry in self.seen.values()):
+            self.on_input(x)
         found = statistics.of_rows(
             nnx_layers.rows_of(self.layer, x),
             hessian=self.hessians,
@@ -202,7 +211,10 @@ def _promote(
     inexact: bool = True,
     watch: _Watch | None,
     compute_dtype: Any,
+    given: Any,
 ) -> tuple[Any, ...]:
+    if given is not None:
+        args = (given, *args[1:])
     if watch is not None:
         watch(args[0])
     return nnx_layers.promote(args, dtype=compute_dtype or dtype, inexact=inexact)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Int
 
 from qjax import (
     assignment,
+    block_passes,
     block_quantization,
     folding,
     layer_quantization,
@@ -31,7 +32,8 @@ from qjax import (
     rotating,
 )
 from qjax.assignment import Assignment
-from qjax.block_quantization import Activations, Task
+from qjax.block_passes import Activations
+from qjax.block_quantization import Task
 from qjax.blockwise import Blockwise
 from qjax.method import Method
 from qjax.nnx_layers import QuantizableLayer, named_variables
@@ -80,7 +82,8 @@ def quantize_sequentially(
       experts: what an expert is calibrated with: ``"routed"``, the tokens that are sent to it, or
         ``"all"``.
       true_sequential: whether the layers of one input of a block are quantized before the statistics of
-        the next are taken: as many passes over the tokens as the block has inputs.
+        the next are taken. The tokens pass through each block once then, not twice, but for a method that
+        rescales or learns, or a quantized cache; up to six times as many activations are kept.
       storage: where the weights come from and go to, part by part; None: they are in the model. Parts
         that it has finished are not quantized again: the activations are taken through them.
       spill: a directory for a file that holds the activations between two blocks; None: they are in
@@ -142,9 +145,10 @@ def quantize_sequentially(
         if reports is None and len(hidden) and not compiled:
             block_quantization.compile_ahead(block, hidden[0], task)
             compiled = True
-        block_quantization.advance(unquantized, block.module, block, task)
+        task.passing(block, unquantized).finish(block.module)
+        passing, begun = task.passing(block, hidden), reports is None
         if reports is None:
-            reports = block_quantization.quantize_block(block, hidden, unquantized, task)
+            reports = block_quantization.quantize_block(passing, unquantized, task)
             block_quantization.find_cache_scales(block, hidden, task)
             storage.keep(block.path, block.module, reports)
         done |= {report.path: report for report in reports}
@@ -152,8 +156,8 @@ def quantize_sequentially(
         if len(hidden) and block is not blockwise.blocks[-1]:
             storage.recall(block.path, block.module)
             simulated = rescaling.simulated(blank, block.module)
-            block_quantization.advance(hidden, simulated, block, task)
-        del blank  # the only other holder of a block's weights
+            block_quantization.pass_on(passing, simulated, task, begun=begun)
+        del blank, passing  # the only other holder of a block's weights
         storage.release(block.path, block.module)
         on_step(f"{block.path} passed")
     for path, layer in assigned.layers.items():
@@ -179,7 +183,7 @@ def _enter(
         storage.load(path, modules[path])
     for batch in batches:
         x = blockwise.enter(_over_the_mesh(jnp.asarray(batch), modules))
-        hidden.append(x.astype(block_quantization.compute_dtype() or x.dtype))
+        hidden.append(x.astype(block_passes.compute_dtype() or x.dtype))
     for path in blockwise.entrance:
         storage.release(path, modules[path])
 

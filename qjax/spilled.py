@@ -77,6 +77,10 @@ class SpilledArrays:
             )
         self._write(place, x)
 
+    def beside(self) -> "SpilledArrays":
+        """An empty list on the same disk."""
+        return SpilledArrays(self._folder)
+
     def append(self, x: Shaped[Array, "..."]) -> None:
         """Writes one array more."""
         begin = self._places[-1].begin + self._places[-1].nbytes if self._places else 0

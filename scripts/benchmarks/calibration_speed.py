@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=("gptq", "awq"), default=["gptq", "awq"])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--true-sequential", action="store_true", help="ours so")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -66,6 +67,7 @@ def main() -> None:
                 ),
                 *("--scheme", "w4a16-g128", "--method", method, "--calib", tokens),
                 *("--samples", args.samples, "--seq-len", args.length),
+                *(("--true-sequential",) if args.true_sequential else ()),
             ]
             theirs = [sys.executable, _PEER, model, "w4a16-g128", method, tokens, folder / method]
             row = {"method": method, "qjax": timed(ours, folder)}

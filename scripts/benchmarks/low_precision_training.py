@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training in 8 and 16 bits costs in loss, and what it saves in time.
 
-    python scripts/benchmarks/low_precision_training.py loss --tokens tokens.npy --steps 1000
+    python scripts/benchmarks/low_precision_training.py loss --tokens tokens.npy --steps 600 --seeds 2
     python scripts/benchmarks/low_precision_training.py step --layers 4 --batch 4
 
 ``loss``: the shipped model's configuration from scratch (scripts/shipped_model_training: network, Muon,
-schedule, windows), the same seed and tokens for each variant: bfloat16, FP8 with current and with delayed
-scaling, float16 with loss scaling; then Adam and Adam with 8-bit moments, both in bfloat16. The loss is
-the mean of the last 5 % of the steps. TOKENS is one row of uint16 or int32, such as `prepare` writes.
+schedule, windows), the same seeds and tokens for each variant: bfloat16; FP8 with current and delayed
+scaling, and with the first and the last block in bfloat16; float16 with loss scaling; then Adam and Adam
+with 8-bit moments, both in bfloat16. ``loss`` is the mean of the last 5 % of the steps, in the variant's
+own numbers; ``of_weights`` is that of the weights it ends with, read in bfloat16, on the last tokens,
+which are kept out of training. TOKENS is one row of uint16 or int32, such as `prepare` writes.
 
 ``step``: milliseconds of a whole train step of some Llama layers 4096 wide, in bfloat16 and FP8, and of
 their matrix products alone: what is left bounds the gain. ``--size tiny`` runs either on any machine.
@@ -31,7 +33,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from qjax import formats
+from qjax import Recipe, formats
 from qjax.low_precision import (
     AmaxHistory,
     adamw_8bit,
@@ -48,8 +50,9 @@ from shipped_model_training.settings import ModelShape, TrainingSettings
 from shipped_model_training.windows import training_windows
 
 ADAM_RATE = 3e-3
+HELD_OUT_BATCHES = 4
 TINY_SHAPE = ModelShape(
-    vocab_size=256, hidden_size=32, num_layers=2, mlp_size=64, num_heads=2, num_kv_heads=1, head_size=16
+    vocab_size=256, hidden_size=32, num_layers=3, mlp_size=64, num_heads=2, num_kv_heads=1, head_size=16
 )  # fmt: skip
 TINY_SETTINGS = TrainingSettings(
     batch_size=4, context=32, steps_per_dispatch=5, warmup_steps=10, compute_dtype="bfloat16"
@@ -64,6 +67,7 @@ class Variant:
       name: in its row.
       baseline: the variant whose loss and bytes it is compared with.
       scaling: of FP8 products; None: in the computing dtype.
+      plain_ends: whether the first and the last block stay in the computing dtype.
       dtype: computing dtype.
       optimizer: muon, adam or adam-8bit.
     """
@@ -71,6 +75,7 @@ class Variant:
     name: str
     baseline: str
     scaling: Any = None
+    plain_ends: bool = False
     dtype: str = "bfloat16"
     optimizer: str = "muon"
 
@@ -79,6 +84,7 @@ VARIANTS = (
     Variant(name="bf16", baseline="bf16"),
     Variant(name="fp8-current", baseline="bf16", scaling="current"),
     Variant(name="fp8-delayed", baseline="bf16", scaling="delayed"),
+    Variant(name="fp8-current-inner", baseline="bf16", scaling="current", plain_ends=True),
     Variant(name="fp16-loss-scaling", baseline="bf16", dtype="float16"),
     Variant(name="bf16-adam", baseline="bf16-adam", optimizer="adam"),
     Variant(name="bf16-adam-8bit", baseline="bf16-adam", optimizer="adam-8bit"),
@@ -94,6 +100,9 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--tokens", help="loss: .npy of one row; random ones with --size tiny")
     parser.add_argument("--steps", type=int, default=1000, help="loss: of each variant")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="loss: how many, each a run of its own"
+    )
     parser.add_argument("--only", nargs="+", choices=[v.name for v in VARIANTS])
     parser.add_argument("--layers", type=int, default=4, help="step")
     parser.add_argument("--batch", type=int, default=4, help="step: windows of --length tokens")
@@ -124,25 +133,28 @@ def losses(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for variant in VARIANTS:
         if args.only and variant.name not in args.only:
             continue
-        row = rows[variant.name] = trained(variant, shape, settings, on_device, args.steps)
+        row = rows[variant.name] = trained(variant, shape, settings, on_device, args)
         if base := rows.get(variant.baseline):
-            row["loss_ratio"] = round(row["loss"] / base["loss"], 5)
+            for name in ("loss", "of_weights"):
+                ratios = [a / b for a, b in zip(row[name], base[name], strict=True)]
+                row[f"{name}_ratio"] = round(statistics.mean(ratios), 5)
             row["bytes_ratio"] = round(row["optimizer_bytes"] / base["optimizer_bytes"], 4)
         yield row
 
 
 def trained(
-    variant: Variant, shape: ModelShape, settings: TrainingSettings, tokens: Any, num_steps: int
+    variant: Variant, shape: ModelShape, settings: TrainingSettings, tokens: Any, args: Any
 ) -> dict[str, Any]:
-    """Trains one variant from scratch."""
+    """Trains one variant from scratch, once for each seed; compiled once."""
     settings = replace(settings, compute_dtype=variant.dtype)
+    length, num_steps = settings.context + 1, args.steps
+    held_out = tokens[-HELD_OUT_BATCHES * settings.batch_size * length :]
+    tokens = tokens[: -len(held_out)]
     optimizer, begin, loss_of = _parts(variant, shape, settings)
 
-    def one_step(state, step):
+    def one_step(seed, state, step):
         params, histories, opt_state = state
-        windows = training_windows(
-            tokens, settings.seed, step, settings.batch_size, settings.context + 1
-        )
+        windows = training_windows(tokens, seed, step, settings.batch_size, length)
         scale = loss_scale(opt_state) if variant.dtype == "float16" else 1.0
 
         def scaled(params, histories):
@@ -158,30 +170,51 @@ def trained(
         return (params, histories, opt_state), loss
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def dispatch(state, first):
-        return lax.scan(one_step, state, first + jnp.arange(settings.steps_per_dispatch))
+    def dispatch(state, first, seed):
+        steps = first + jnp.arange(settings.steps_per_dispatch)
+        return lax.scan(functools.partial(one_step, seed), state, steps)
 
-    start, state, found, seconds = time.perf_counter(), jax.jit(begin)(), [], []
-    for first in range(0, num_steps, settings.steps_per_dispatch):
-        before = time.perf_counter()
-        state, loss = dispatch(state, jnp.int32(first))
-        found.append(np.asarray(loss))
-        seconds.append(time.perf_counter() - before)
-    losses = np.concatenate(found)[:num_steps]
-    skipped = int(state[2].skipped_steps) if variant.dtype == "float16" else 0
+    begin, held_out_loss = jax.jit(begin), _held_out_loss(shape, settings, held_out)
+    row: dict[str, Any] = {"variant": variant.name, "loss": [], "of_weights": []}
+    start, seconds, skipped = time.perf_counter(), [], 0
+    for seed in map(jnp.int32, range(args.seeds)):
+        state, found = begin(seed), []
+        for first in range(0, num_steps, settings.steps_per_dispatch):
+            before = time.perf_counter()
+            state, loss = dispatch(state, jnp.int32(first), seed)
+            found.append(np.asarray(loss))
+            seconds.append(time.perf_counter() - before)
+        losses = np.concatenate(found)[:num_steps]
+        row["loss"].append(round(float(losses[-max(1, num_steps // 20) :].mean()), 5))
+        row["of_weights"].append(round(held_out_loss(state[0]), 5))
+        skipped += int(state[2].skipped_steps) if variant.dtype == "float16" else 0
+        row["optimizer_bytes"] = formats.device_bytes(state[2])
     per_step = statistics.median(seconds[1:] or seconds) / settings.steps_per_dispatch
-    last = losses[-max(1, len(losses) // 20) :]
-    return {
-        "variant": variant.name, "steps": len(losses), "loss": round(float(last.mean()), 5),
-        "optimizer_bytes": formats.device_bytes(state[2]), "skipped_steps": skipped,
+    return row | {
+        "skipped_steps": skipped,
         "tokens_per_second": round(settings.batch_size * settings.context / per_step),
         "seconds": round(time.perf_counter() - start, 1),
-    }  # fmt: skip
+    }
+
+
+def _held_out_loss(
+    shape: ModelShape, settings: TrainingSettings, tokens: Any
+) -> Callable[[Any], float]:
+    """What gives the loss of weights on tokens that nothing is trained on, in bfloat16."""
+    *_, loss_of = _parts(VARIANTS[0], shape, replace(settings, compute_dtype="bfloat16"))
+    batches = tokens.reshape(HELD_OUT_BATCHES, settings.batch_size, -1).astype(jnp.int32)
+    no_histories = nnx.State({})
+
+    @jax.jit
+    def loss(params):
+        return jnp.mean(lax.map(lambda windows: loss_of(params, no_histories, windows), batches))
+
+    return lambda params: float(loss(params))
 
 
 def _parts(
     variant: Variant, shape: ModelShape, settings: TrainingSettings
-) -> tuple[optax.GradientTransformation, Callable[[], Any], Callable[..., Any]]:
+) -> tuple[optax.GradientTransformation, Callable[[Any], Any], Callable[..., Any]]:
     """The optimizer, what makes the state at the start, and the loss of parameters and histories."""
     network = make_network(shape.hf_config(), settings.compute_dtype, settings.attention)
     decoder = Decoder.abstract(
@@ -189,7 +222,10 @@ def _parts(
         attention=settings.attention,
     )  # fmt: skip
     if variant.scaling:
-        train_in_fp8(decoder, scaling=variant.scaling)
+        ends = rf"model/layers/(0|{shape.num_layers - 1})/.*"
+        rules = [[ends, None]] if variant.plain_ends else []
+        recipe = Recipe.from_json([*rules, [".*", "fp8-dynamic"]])
+        train_in_fp8(decoder, scaling=variant.scaling, recipe=recipe)
     graph, of_params, histories = nnx.split(decoder, nnx.Param, AmaxHistory)
     structure = jax.tree.structure(of_params)
     optimizer = {
@@ -200,8 +236,8 @@ def _parts(
     if variant.dtype == "float16":
         optimizer = dynamic_loss_scaling(optimizer, growth_interval=200)
 
-    def begin():
-        parameters = initial_parameters(network, settings.seed)
+    def begin(seed):
+        parameters = initial_parameters(network, seed)
         return parameters, histories, optimizer.init(parameters)
 
     def loss_of(parameters, histories, windows):

@@ -56,7 +56,7 @@ def make_network(
     return Network(graph=graph, structure=structure, shapes=shapes)
 
 
-def initial_parameters(network: Network, seed: int) -> Parameters:
+def initial_parameters(network: Network, seed: int | Int[Array, ""]) -> Parameters:
     """Draw the weights: norms 1, residual outputs 0, other matrices with variance 1 / inputs.
 
     The token table has a standard deviation of 0.02: it is also the head, and larger logits would

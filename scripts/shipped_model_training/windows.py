@@ -11,7 +11,11 @@ from jaxtyping import Array, Int, UInt16
 
 
 def training_windows(
-    tokens: UInt16[Array, " n"], seed: int, step: Int[Array, ""], batch_size: int, length: int
+    tokens: UInt16[Array, " n"],
+    seed: int | Int[Array, ""],
+    step: Int[Array, ""],
+    batch_size: int,
+    length: int,
 ) -> Int[Array, "B length"]:
     """Draw windows that start anywhere in the text, with equal chances, and may cross documents.
 

@@ -81,29 +81,31 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "method", "dtype"),
+    ("scheme", "method", "dtype", "in_turn"),
     [
-        ("nvfp4", "rtn", np.float32),
-        ("w3a16-g16-asym", "awq", jax.numpy.bfloat16),
-        ("w8a8", "smoothquant+gptq", jax.numpy.bfloat16),
-        pytest.param("w4a16-g16", ALL_LINKS, jax.numpy.bfloat16, id="all links"),
+        ("nvfp4", "rtn", np.float32, False),
+        ("w3a16-g16-asym", "awq", jax.numpy.bfloat16, False),
+        ("w8a8", "smoothquant+gptq", jax.numpy.bfloat16, False),
+        ("w4a16-g16", "gptq", jax.numpy.bfloat16, True),
+        ("w8a8-static", "awq+gptq", jax.numpy.bfloat16, True),
+        pytest.param("w4a16-g16", ALL_LINKS, jax.numpy.bfloat16, False, id="all links"),
     ],
 )
 def test_the_bytes_of_one_piece_however_they_came(
-    llama, tmp_path, monkeypatch, scheme, method, dtype
+    llama, tmp_path, monkeypatch, scheme, method, dtype, in_turn
 ):
+    options = {"true_sequential": in_turn, "shard_bytes": 20_000}
     rotated = method is ALL_LINKS
     source, rules = llama(dtype=dtype, tie_word_embeddings=rotated), [[".*", scheme]]
-    stream(source, tmp_path / "streamed", method, rules, shard_bytes=20_000)
+    stream(source, tmp_path / "streamed", method, rules, **options)
     streamed = contents(tmp_path / "streamed")
 
     with monkeypatch.context() as patch:
         patch.setattr(StreamedStorage, "release", stop_at(StreamedStorage.release, "layers/0"))
         with pytest.raises(Stopped):
-            stream(source, tmp_path / "stopped", method, rules, shard_bytes=20_000)
+            stream(source, tmp_path / "stopped", method, rules, **options)
     assert not (tmp_path / "stopped").exists() and (tmp_path / ".stopped.partial").exists()
-    stream(source, tmp_path / "stopped", method, rules, shard_bytes=20_000, resume=True,
-           spill=tmp_path)  # fmt: skip
+    stream(source, tmp_path / "stopped", method, rules, resume=True, spill=tmp_path, **options)  # fmt: skip
     assert contents(tmp_path / "stopped") == streamed
 
     checkpoint = load(source)
@@ -114,6 +116,7 @@ def test_the_bytes_of_one_piece_however_they_came(
         Recipe.from_json(rules),
         method=method,
         batch_size=4,
+        true_sequential=in_turn,
     )
     save(
         model, checkpoint, tmp_path / "whole", "compressed-tensors", report.as_json(),
@@ -129,23 +132,30 @@ def test_the_bytes_of_one_piece_however_they_came(
     assert names == {"llama", "streamed", "stopped", "whole"}
 
 
-def test_experts_by_parts_too(tiny_mixtral, tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_experts_by_parts_too(tiny_mixtral, tmp_path, monkeypatch, in_turn):
     """Some of them see too few of the tokens: what is said of those, in the report, comes back, too."""
-    rules = [[".*", "w4a16-g16"]]
+    rules, how = [[".*", "w4a16-g16"]], {"true_sequential": in_turn}
     with monkeypatch.context() as patch:
         patch.setattr(StreamedStorage, "release", stop_at(StreamedStorage.release, "layers/0"))
         with pytest.raises(Stopped):
-            stream(tiny_mixtral, tmp_path / "stopped", rules=rules)
+            stream(tiny_mixtral, tmp_path / "stopped", rules=rules, **how)
     refused(
         tiny_mixtral, tmp_path / "stopped", "tokens of experts was routed, now it is all",
-        rules=rules, experts="all", resume=True,
+        rules=rules, experts="all", resume=True, **how,
     )  # fmt: skip
-    report = stream(tiny_mixtral, tmp_path / "stopped", rules=rules, resume=True)
+    report = stream(tiny_mixtral, tmp_path / "stopped", rules=rules, resume=True, **how)
     assert any("tokens for 48 inputs: filled up" in line for line in report.warnings())
 
     checkpoint = load(tiny_mixtral)
     model, whole = quantize_sequentially(
-        checkpoint.model, blockwise, TOKENS, Recipe.from_json(rules), method="gptq", batch_size=4
+        checkpoint.model,
+        blockwise,
+        TOKENS,
+        Recipe.from_json(rules),
+        method="gptq",
+        batch_size=4,
+        **how,
     )
     save(model, checkpoint, tmp_path / "whole", "compressed-tensors", whole.as_json())
     streamed = contents(tmp_path / "stopped")

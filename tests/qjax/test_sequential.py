@@ -209,8 +209,9 @@ def test_every_method_and_a_bound_on_what_it_costs(model, tokens, method, scheme
     assert not quantized_layers(model)
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8", "w8a8-static"])
-def test_programs_are_compiled_beside_each_other(model, tokens, scheme):
+def test_programs_are_compiled_beside_each_other(model, tokens, scheme, in_turn):
     """What takes long, in threads; and the calls that follow find it."""
     here, compiled = threading.current_thread(), []
 
@@ -222,13 +223,17 @@ def test_programs_are_compiled_beside_each_other(model, tokens, scheme):
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        qjax.quantize_sequentially(model, chain, tokens, scheme, method="gptq")
+        qjax.quantize_sequentially(
+            model, chain, tokens, scheme, method="gptq", true_sequential=in_turn
+        )
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     for name in ("_all_finite", "factor", "_quantize", "_compared", "_run"):
         programs = [mine for mine, program in compiled if program == f"jit({name})"]
-        # What quantized activations make of the block is another program, which waits for its QTensors.
-        assert programs and sum(programs) == (name == "_run" and scheme != "w4a16-g8"), name
+        # What quantized activations make of the block is another program, which waits for its QTensors:
+        # of the whole block, or of what comes after the first of its two inputs.
+        later = (1 + in_turn) * (name == "_run" and scheme != "w4a16-g8")
+        assert programs and sum(programs) == later, name
 
 
 def test_each_block_sees_the_quantized_ones_before_it(model, tokens):
@@ -522,10 +527,17 @@ def test_windows_are_spread_over_the_mesh_of_the_model(model, tokens, mesh, meth
     # Four windows go to two devices, the one that is left to both.
     assert spread == [False, True] * (2 if method == "learned" else 1)
     ours, theirs = (dict(quantized_layers(m)) for m in (apart, alone))
+    assert all(len(q.codes.devices()) == 2 for q in ours.values())
+    exact, *near = (np.asarray(m(tokens)) for m in (model, apart, alone))
+    errors = [np.linalg.norm(y - exact) for y in near]
+    assert errors[0] == pytest.approx(errors[1], rel=0.2)
+    if (
+        "awq" in method
+    ):  # two of its factors may be as good as each other, and sums of another order choose
+        return
     for path, q in theirs.items():
-        assert len(ours[path].codes.devices()) == 2
         same = np.asarray(ours[path].codes) == np.asarray(q.codes)
-        assert same.mean() > 0.98, path  # sums of another order may turn a tie
+        assert same.mean() > 0.98, path  # likewise of a tie in rounding
 
 
 def test_calibration_takes_sharded_batches_as_they_lie(model, tokens, mesh):
