@@ -71,6 +71,8 @@ def relative_magnitude(
       group_size: inputs that share a scale; None: all.
     """
     w = jnp.abs(jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=1))
-    groups = w.reshape(-1, group_size or len(w), w.shape[1])
+    size = group_size or len(w)
+    # The last of a block's may be a shorter one.
+    groups = jnp.pad(w, ((0, -len(w) % size), (0, 0))).reshape(-1, size, w.shape[1])
     relative = groups / (jnp.max(groups, axis=1, keepdims=True) + 1e-6)
-    return jnp.mean(relative.reshape(w.shape), axis=1)
+    return jnp.mean(relative.reshape(-1, w.shape[1])[: len(w)], axis=1)

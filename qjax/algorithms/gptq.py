@@ -166,10 +166,10 @@ def _order(diagonal: Float[Array, " k"], order: Order, size: int) -> Int[Array, 
         return jnp.arange(len(diagonal), dtype=jnp.int32)
     if order in ("by-activity", "regrouped"):
         return jnp.argsort(-diagonal).astype(jnp.int32)
-    groups = diagonal.reshape(-1, size)
-    first = jnp.argsort(-jnp.mean(groups, axis=1))
-    inside = jnp.argsort(-groups, axis=1)
-    return (first[:, None] * size + inside[first]).reshape(-1).astype(jnp.int32)
+    k = len(diagonal)
+    group = jnp.arange(k) // size  # the last of a block's may be a shorter one
+    padded = jnp.pad(diagonal, (0, -k % size), constant_values=jnp.nan).reshape(-1, size)
+    return jnp.lexsort((-diagonal, group, -jnp.nanmean(padded, axis=1)[group])).astype(jnp.int32)
 
 
 def quantize(

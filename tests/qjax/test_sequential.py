@@ -209,6 +209,13 @@ def test_every_method_and_a_bound_on_what_it_costs(model, tokens, method, scheme
     assert not quantized_layers(model)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant", "gptq+learned"])
+def test_layers_that_do_not_fill_one_block_of_a_scheme(model, tokens, method):
+    quantized, _ = qjax.quantize_sequentially(model, chain, tokens, "fp8-block", method=method)
+    exact, near = np.asarray(model(tokens)), np.asarray(quantized(tokens))
+    assert np.linalg.norm(near - exact) < 0.15 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8", "w8a8-static"])
 def test_programs_are_compiled_beside_each_other(model, tokens, scheme, in_turn):

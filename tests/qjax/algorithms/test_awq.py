@@ -27,7 +27,7 @@ def test_channels_without_activations_keep_a_positive_scale():
     assert np.all(np.asarray(scale) > 0)
 
 
-@pytest.mark.parametrize("group_size", [4, 8, None])
+@pytest.mark.parametrize("group_size", [4, 6, 8, 32, None])  # also some that do not divide 16
 def test_magnitudes_are_relative_to_the_largest_of_their_group(rng, group_size):
     weights = [rng.standard_normal((16, n)) for n in (3, 5)]
     together = np.abs(np.concatenate(weights, axis=1))

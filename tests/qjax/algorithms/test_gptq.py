@@ -225,6 +225,31 @@ def test_options_out_of_range(damping, order, grids, line):
         gptq.Options(damping=damping, order=order, grids=grids)
 
 
+@pytest.mark.parametrize("k", [64, 80, 20])
+def test_groups_are_taken_by_their_mean_the_last_of_them_may_be_short(k, size=32):
+    diagonal = np.random.default_rng(k).integers(1, 6, k).astype(np.float32)  # with ties
+    groups = [list(range(start, min(start + size, k))) for start in range(0, k, size)]
+    groups.sort(key=lambda members: -np.mean(diagonal[members]))
+    expected = [i for members in groups for i in sorted(members, key=lambda i: -diagonal[i])]
+    factor = gptq.factor(jnp.diag(diagonal), gptq.Options(order="by-group"), size)
+    assert factor.order.tolist() == expected
+
+
+@pytest.mark.parametrize("order", ["as-is", "by-activity", "by-group"])
+def test_blocks_that_the_shape_does_not_fill(order):
+    x = inputs(160, 1000)
+    w = jnp.asarray(np.random.default_rng(1).standard_normal((160, 96)), jnp.float32)
+    hessian, options = jnp.asarray(x.T @ x), gptq.Options(order=order)
+    q = gptq.quantize(w, "fp8-block", gptq.factor(hessian, options, 128), options=options)
+    rounded = round_nearest.quantize(w, "fp8-block")
+    np.testing.assert_array_equal(q.scale, rounded.scale)
+    errors = [
+        float(statistics.relative_output_error(w, qtensor.dequantize(some), hessian))
+        for some in (q, rounded)
+    ]
+    assert q.scale.shape == (2, 1) and errors[0] < errors[1]
+
+
 def test_updated_grids_of_one_scale_for_all_are_refused():
     options = gptq.Options(order="as-is", grids="updated")
     for scheme in ("w4a16-tensor", "nvfp4", "fp8-block"):
