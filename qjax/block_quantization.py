@@ -102,10 +102,11 @@ def compile_ahead(block: Block, x: Float[Array, "B T D"], task: Task) -> None:
     watching = functools.partial(passing.lowered, block.module, hessians=method.needs_hessians)
     if task.true_sequential:
         for i, layers in enumerate(passing.halts(names)):
-            keep = i > 0 and task.goes_on(block)
-            lowered.append(watching(wanted=layers, keep=keep))
-            if keep:
+            lowered.append(watching(wanted=layers, keep=i > 0))
+            if i:
                 passing.keep(layers, [lowered[-1].out_info.input])
+        if not task.goes_on(block):
+            passing.kept.clear()
     elif method.rescaling is None:
         lowered.append(watching(wanted=names, keep=False))
     finished = copied(block.module)
@@ -145,6 +146,8 @@ def quantize_block(passing: BlockPass, targets: Activations, task: Task) -> tupl
     # Where nothing is learned, each weight may go as soon as its codes are there.
     was = block if method.learned is None else replace(block, module=copied(block.module))
     reports = _in_turn(passing, known, task) if in_turn else {}
+    if not task.goes_on(block):
+        passing.kept.clear()
     paths = task.paths(block)
     reports |= _rounded([path for path in paths if path not in reports], known, task)
     if method.learned is not None and wanted:
@@ -280,9 +283,8 @@ def _at_each_halt(
     # The first input is a norm away from what reaches the block: to keep it saves nothing.
     for i, layers in enumerate(passing.halts(task.names(passing.block))):
         observed, few = passing.observed(
-            module, layers, hessians=task.method.needs_hessians,
-            keep=i > 0 and task.goes_on(passing.block),
-        )  # fmt: skip
+            module, layers, hessians=task.method.needs_hessians, keep=i > 0
+        )
         yield layers, observed, few
 
 

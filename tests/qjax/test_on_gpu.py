@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import activations, formats
+from qjax import activations, formats, low_precision
 from qjax.scheme import ActivationScheme
 
 pytestmark = [
@@ -50,3 +50,29 @@ def test_products_with_small_int4_weights(scheme, shape, dtype, rng):
         exact = np.asarray(x, np.float64) @ dense
         for found in (product(x, w), by_user(x, w)):
             assert np.abs(np.asarray(found, np.float64) - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("second", ["blocks", "float16"])
+def test_moments_in_8_bits_are_those_of_a_cpu(second, rng):
+    """Many steps in one program, with the same random numbers; some of them lie at the edge of a chance."""
+    optimizer = low_precision.scale_by_adam_8bit(second=second)
+    size = np.exp(2 * rng.standard_normal((64, 256)))
+    gradients = (rng.standard_normal((200, 64, 256)) * size).astype(np.float32)
+
+    @jax.jit
+    def run(gradients):
+        def step(state, gradient):
+            updates, state = optimizer.update({"w": gradient}, state)
+            return state, updates["w"]
+
+        return jax.lax.scan(step, optimizer.init({"w": gradients[0]}), gradients)
+
+    here, there = (
+        run(jax.device_put(gradients, jax.devices(name)[0]))
+        for name in (jax.default_backend(), "cpu")
+    )
+    for ours, theirs in zip(*map(jax.tree.leaves, (here[0], there[0])), strict=True):
+        assert np.mean(np.asarray(ours) == np.asarray(theirs)) > 0.9
+    ours, theirs = (np.abs(np.asarray(updates)[-20:]) for _, updates in (here, there))
+    np.testing.assert_allclose(ours.mean(), theirs.mean(), rtol=2e-3)
+    np.testing.assert_allclose(np.quantile(ours, 0.99), np.quantile(theirs, 0.99), rtol=1e-2)
