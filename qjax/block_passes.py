@@ -114,19 +114,19 @@ class BlockPass:
             self.hidden[i] = self._run(module, i, x).output
         self.kept.clear()
 
-    def lowered(self, module: nnx.Module, **options: Any) -> jax.stages.Lowered:
-        """The program of one batch, not compiled yet; options as those of :meth:`observed`."""
+    def traced(self, module: nnx.Module, **options: Any) -> jax.stages.Traced:
+        """The program of one batch, to be compiled; options as those of :meth:`observed`."""
         graphdef, state = nnx.split(module)
         given = self._given(0)
         how = self._how | options
-        return _run.lower(graphdef, state, self.hidden[0], self.block.context, *given, **how)
+        return _run.trace(graphdef, state, self.hidden[0], self.block.context, *given, **how)
 
     def _run(self, module: nnx.Module, i: int, x: Array, **options: Any) -> "_Passed":
         graphdef, state = nnx.split(module)
         how = self._how | options
         return _run(graphdef, state, x, self.block.context, *self._given(i), **how)
 
-    def _given(self, i: int) -> tuple[tuple[Array, ...], tuple[tuple[str, ...], ...]]:
+    def _given(self, i: int) -> tuple[tuple[Any, ...], tuple[tuple[str, ...], ...]]:
         return tuple(inputs[i] for inputs in self.kept.values()), tuple(self.kept)
 
     @property
@@ -175,6 +175,12 @@ def _run(
         on_input=lambda path, x: inputs.append(x),
     )
     return _Passed(None if wanted else output[0], observed, inputs[0] if keep else None)
+
+
+def input_shape(traced: jax.stages.Traced) -> jax.ShapeDtypeStruct:
+    """Of what a program with ``keep=True`` gives to be kept: its last result."""
+    last = traced.jaxpr.out_avals[-1]
+    return jax.ShapeDtypeStruct(last.shape, last.dtype)
 
 
 def _empty_like(hidden: Activations) -> Activations:

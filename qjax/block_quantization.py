@@ -99,19 +99,22 @@ def compile_ahead(block: Block, x: Float[Array, "B T D"], task: Task) -> None:
     if not lowered:  # of other methods none takes long
         return
     passing, names = task.passing(block, [x]), task.names(block)
-    watching = functools.partial(passing.lowered, block.module, hessians=method.needs_hessians)
+    module, hessians = block.module, {"hessians": method.needs_hessians}
     if task.true_sequential:
         for i, layers in enumerate(passing.halts(names)):
-            lowered.append(watching(wanted=layers, keep=i > 0))
+            options = hessians | {"wanted": layers, "keep": i > 0}
+            traced = passing.traced(module, **options)
+            lowered.append(traced.lower())
             if i:
-                passing.keep(layers, [lowered[-1].out_info.input])
+                passing.keep(layers, [block_passes.input_shape(traced)])
         if not task.goes_on(block):
             passing.kept.clear()
     elif method.rescaling is None:
-        lowered.append(watching(wanted=names, keep=False))
+        traced = passing.traced(module, wanted=names, keep=False, **hessians)
+        lowered.append(traced.lower())
     finished = copied(block.module)
     kv_cache.expect(finished)
-    lowered.append(passing.lowered(finished))
+    lowered.append(passing.traced(finished).lower())
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(lambda program: program.compile(), lowered))
 

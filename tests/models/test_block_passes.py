@@ -103,17 +103,17 @@ def test_no_product_is_taken_twice_but_that_of_the_output():
     passing = BlockPass(block=chain.blocks[0], hidden=hidden, apply=chain.apply)
     module = passing.block.module
 
-    def flops(program: jax.stages.Lowered) -> float:
-        analysis = program.compile().cost_analysis()
+    def flops(program: jax.stages.Traced) -> float:
+        analysis = program.lower().compile().cost_analysis()
         assert analysis is not None
         return analysis["flops"]
 
-    whole, parts = flops(passing.lowered(module)), 0.0
+    whole, parts = flops(passing.traced(module)), 0.0
     for i, layers in enumerate(passing.halts([path for some in DENSE for path in some])):
         options = {"wanted": layers, "hessians": False, "keep": i > 0}
-        parts += flops(passing.lowered(module, **options))
+        parts += flops(passing.traced(module, **options))
         if i:
             passing.observed(module, layers, hessians=False, keep=True)
-    parts += flops(passing.lowered(module))
+    parts += flops(passing.traced(module))
     of_output = 2 * 2 * LENGTH * 32 * 32
     assert parts < whole + 2 * of_output  # the other half is statistics; gate or up alone are three
