@@ -172,7 +172,7 @@ def _run(
         wanted=wanted.__contains__,
         experts=experts,
         given={path: a for paths, a in zip(given_to, given, strict=True) for path in paths},
-        on_input=lambda path, x: inputs.append(x),
+        on_input=inputs.append,
     )
     return _Passed(None if wanted else output[0], observed, inputs[0] if keep else None)
 

@@ -11,8 +11,7 @@ the expert is for. Statistics are of those, or of all (``ExpertTokens``).
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -85,7 +84,7 @@ def observe(
     wanted: Callable[[str], bool] = lambda path: True,
     experts: ExpertTokens = "routed",
     given: Mapping[str, Array] = {},  # noqa: B006  not changed
-    on_input: Callable[[str, Array], None] = lambda path, x: None,
+    on_input: Callable[[Array], None] = lambda x: None,
 ) -> Observed:
     """Runs a model and keeps statistics of what its layers multiply.
 
@@ -100,7 +99,7 @@ def observe(
       wanted: which layers to watch, by path.
       experts: which rows count, of layers that some of the rows are meant for.
       given: what some layers multiply in place of what they are handed, by path.
-      on_input: called with the path of each layer that is watched and with what it multiplies.
+      on_input: called with each input that is watched, once for all its layers.
 
     Raises:
       ValueError: a layer is called twice, or multiplies a batch of weights.
@@ -122,13 +121,7 @@ def observe(
     )
 
 
-def computed(
-    module: nnx.Module,
-    run: Callable[[], Any],
-    *,
-    compute_dtype: Any,
-    given: Mapping[str, Array] = {},  # noqa: B006  not changed
-) -> Any:
+def computed(module: nnx.Module, run: Callable[[], Any], *, compute_dtype: Any) -> Any:
     """What a model gives when its layers compute in another dtype; see :func:`observe`."""
     result = []
     observe(
@@ -137,32 +130,8 @@ def computed(
         hessians=False,
         compute_dtype=compute_dtype,
         wanted=lambda path: False,
-        given=given,
     )
     return result[0]
-
-
-def inputs_before(
-    module: nnx.Module, run: Callable[[], Any], layers: Container[str], *, compute_dtype: Any
-) -> tuple[Any, dict[str, Array]]:
-    """What a model gives, and what those of its layers multiply that are called before some others.
-
-    Args:
-      module: as for :func:`observe`.
-      run: calls the module.
-      layers: paths of the others.
-      compute_dtype: what layers compute in; None: what they would.
-    """
-    result, inputs = [], {}
-    observe(
-        module,
-        lambda: result.append(run()),
-        hessians=False,
-        compute_dtype=compute_dtype,
-        on_input=inputs.__setitem__,
-    )
-    before = itertools.takewhile(lambda item: item[0] not in layers, inputs.items())
-    return result[0], dict(before)
 
 
 def layers_by_input(module: nnx.Module, run: Callable[[], Any]) -> tuple[tuple[str, ...], ...]:
@@ -213,19 +182,20 @@ class _Watch:
     seen: dict[tuple[int, int], _Seen]
     hessians: bool
     experts: ExpertTokens
-    on_input: Callable[[str, Array], None]
+    on_input: Callable[[Array], None]
 
     def __call__(self, x: Num[Array, "..."]) -> None:
         if any(self.path in entry.paths for entry in self.seen.values()):
             raise ValueError(
                 f"{self.path}: is called twice in one pass; calibration takes a layer's input once"
             )
-        self.on_input(self.path, x)
         counted = _COUNTED.get() if self.experts == "routed" else None
         key = id(x), id(counted)
         if key in self.seen:
             self.seen[key].paths.append(self.path)
             return
+        if all(x is not entry.x for entry in self.seen.values()):
+            self.on_input(x)
         found = statistics.of_rows(
             nnx_layers.rows_of(self.layer, x),
             hessian=self.hessians,

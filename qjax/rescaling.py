@@ -166,12 +166,13 @@ def _block_losses(
     compute_dtype: Any,
 ) -> Float[Array, " candidates"]:
     """The squared error of the block's output on the samples, consumers rounded to nearest."""
-    # What reaches the layers before the consumers is the same under all scales: it is computed once.
-    module = nnx.merge(graphdef, state)
-    run = functools.partial(apply, module, samples, context)
-    target, given = observation.inputs_before(
-        module, run, where.consumers, compute_dtype=compute_dtype
-    )
+
+    def output(module: nnx.Module) -> Float[Array, "B T D"]:
+        return observation.computed(
+            module, lambda: apply(module, samples, context), compute_dtype=compute_dtype
+        ).astype(jnp.float32)
+
+    target = output(nnx.merge(graphdef, state))
 
     def loss(scale: Float[Array, " c"]) -> Float[Array, ""]:
         # New variables, which belong to this trace.
@@ -184,13 +185,7 @@ def _block_losses(
                     reached = absmax / folding.spread(where, scale)
                     q = q.replaced(input_scale=activations.static_scale(reached, q.activations))
                 simulate(layer, q)
-        output = observation.computed(
-            module,
-            lambda: apply(module, samples, context),
-            compute_dtype=compute_dtype,
-            given=given,
-        )
-        return jnp.mean((output.astype(jnp.float32) - target.astype(jnp.float32)) ** 2)
+        return jnp.mean((output(module) - target) ** 2)
 
     return lax.map(loss, scales)
 
