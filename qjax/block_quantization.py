@@ -197,7 +197,7 @@ def find_cache_scales(block: Block, hidden: Activations, task: Task) -> None:
             block.context,
             kept=task.cache.kept,
             compute_dtype=block_passes.compute_dtype(),
-        )  # fmt: skip
+        )
         largest = np.maximum(largest, np.asarray(found))
     scales = kv_cache.scales_of(block.module)
     for path, absmax in zip(task.cache.scales, largest, strict=True):
