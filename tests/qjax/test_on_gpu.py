@@ -54,7 +54,7 @@ def test_products_with_small_int4_weights(scheme, shape, dtype, rng):
 
 @pytest.mark.parametrize("second", ["blocks", "float16"])
 def test_moments_in_8_bits_are_those_of_a_cpu(second, rng):
-    """Many steps in one program, with the same random numbers; some of them lie at the edge of a chance."""
+    """Many steps in one program, with the same random numbers; a few lie at the edge of a chance."""
     optimizer = low_precision.scale_by_adam_8bit(second=second)
     size = np.exp(2 * rng.standard_normal((64, 256)))
     gradients = (rng.standard_normal((200, 64, 256)) * size).astype(np.float32)
@@ -72,7 +72,8 @@ def test_moments_in_8_bits_are_those_of_a_cpu(second, rng):
         for name in (jax.default_backend(), "cpu")
     )
     for ours, theirs in zip(*map(jax.tree.leaves, (here[0], there[0])), strict=True):
-        assert np.mean(np.asarray(ours) == np.asarray(theirs)) > 0.9
+        near = np.isclose(*(np.asarray(a, np.float64) for a in (ours, theirs)), rtol=1e-5)
+        assert np.mean(near) > 0.98
     ours, theirs = (np.abs(np.asarray(updates)[-20:]) for _, updates in (here, there))
     np.testing.assert_allclose(ours.mean(), theirs.mean(), rtol=2e-3)
     np.testing.assert_allclose(np.quantile(ours, 0.99), np.quantile(theirs, 0.99), rtol=1e-2)
