@@ -206,7 +206,7 @@ def find_cache_scales(block: Block, hidden: Activations, task: Task) -> None:
                 f"{block.path}/{path}: keys or values are not finite: weights before them are damaged or "
                 "overflow"
             )
-        scale = activations.static_scale(jnp.asarray(absmax), task.cache.scheme)
+        scale = activations.static_scale(jnp.asarray(absmax), task.cache.scheme.activations)
         scales[path].set_value(scale[None])
 
 

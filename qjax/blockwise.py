@@ -13,7 +13,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qjax.scheme import ActivationScheme
+from qjax.kv_cache import CacheScheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """What every block keeps for the tokens to come, in few bits: :mod:`qjax.kv_cache`.
+    """What every block keeps for the tokens to come by static scales: :mod:`qjax.kv_cache`.
 
     Attributes:
       scheme: what the codes are.
@@ -91,7 +91,7 @@ class Cache:
         function of a module file, as ``apply`` of :class:`Blockwise`.
     """
 
-    scheme: ActivationScheme
+    scheme: CacheScheme
     scales: tuple[str, ...]
     kept: Callable[[Any, Float[Array, "B T D"], Any], tuple[Float[Array, "..."], ...]]
 

@@ -174,7 +174,7 @@ def _check_exact_cache(model: Decoder) -> None:
     if model.config.kv_cache is not None:
         raise ValueError(
             f"the model keeps keys and values as {model.config.kv_cache}, which a plain directory cannot "
-            "say; --format compressed-tensors and orbax do"
+            "say; --format orbax does, and compressed-tensors if it is kv-fp8-static"
         )
 
 

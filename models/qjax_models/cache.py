@@ -5,30 +5,15 @@ Slot s of a row holds the token at position s of that row, whatever the other ro
 or beyond a row's length hold leftovers; no query ever sees them, because they lie in its future.
 """
 
-from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from qjax import activations, kv_cache
-from qjax.scheme import ActivationScheme
-
-
-class CacheScales(NamedTuple):
-    """How one layer keeps keys and values in few bits."""
-
-    keys: Float[Array, "1"]
-    values: Float[Array, "1"]
-    scheme: ActivationScheme
-
-    def rounded(
-        self, keys: Float[Array, "*shape"], values: Float[Array, "*shape"]
-    ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-        """What is left of keys and values that were kept so; their gradient passes through."""
-        fake_quantize = partial(activations.fake_quantize, scheme=self.scheme, axis=(-1,))
-        return fake_quantize(keys, static=self.keys), fake_quantize(values, static=self.values)
+from qjax import kv_cache
+from qjax.kv_cache import CacheScheme, Codes
 
 
 class LayerKV(NamedTuple):
@@ -38,36 +23,83 @@ class LayerKV(NamedTuple):
     backend reshapes the updated cache twice and so copies all of it, layer by layer, for every token.
     """
 
-    keys: Float[Array, "BK S H"]
-    values: Float[Array, "BK S H"]
+    keys: Float[Array, "BK S H"] | Codes
+    values: Float[Array, "BK S H"] | Codes
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens there is room for, S."""
+        return jax.tree.leaves(self)[0].shape[1]
 
     def write(self, new: "LayerKV", positions: Int[Array, "B T"]) -> "LayerKV":
         """Puts new tokens into their slots; positions beyond the capacity are dropped."""
-        heads = jnp.arange(self.keys.shape[0])[:, None]
-        slots = jnp.repeat(positions, self.keys.shape[0] // positions.shape[0], axis=0)
-        return LayerKV(
-            self.keys.at[heads, slots].set(new.keys, mode="drop"),
-            self.values.at[heads, slots].set(new.values, mode="drop"),
-        )
-
-    def encoded(self, scales: CacheScales) -> "LayerKV":
-        """The codes of keys and values."""
-        return LayerKV(
-            kv_cache.encoded(self.keys, scales.keys, scales.scheme),
-            kv_cache.encoded(self.values, scales.values, scales.scheme),
-        )
-
-    def decoded(self, scales: CacheScales, dtype: DTypeLike) -> "LayerKV":
-        """The keys and values that codes stand for."""
-        return LayerKV(
-            kv_cache.decoded(self.keys, scales.keys, dtype),
-            kv_cache.decoded(self.values, scales.values, dtype),
-        )
+        count = jax.tree.leaves(self)[0].shape[0]
+        heads = jnp.arange(count)[:, None]
+        slots = jnp.repeat(positions, count // positions.shape[0], axis=0)
+        return jax.tree.map(lambda held, x: held.at[heads, slots].set(x, mode="drop"), self, new)
 
     def padded(self, capacity: int) -> "LayerKV":
         """The same tokens with room for `capacity`."""
-        room = ((0, 0), (0, capacity - self.keys.shape[1]), (0, 0))
-        return LayerKV(jnp.pad(self.keys, room), jnp.pad(self.values, room))
+        room = ((0, 0), (0, capacity - self.capacity), (0, 0))
+        return jax.tree.map(lambda held: jnp.pad(held, room), self)
+
+
+class Keeping(NamedTuple):
+    """How one layer keeps keys and values.
+
+    Attributes:
+        scheme: of both; None: as they are.
+        key_scale: the static scale of keys; None where scales are of the values themselves.
+        value_scale: that of values.
+    """
+
+    scheme: CacheScheme | None = None
+    key_scale: Float[Array, "1"] | None = None
+    value_scale: Float[Array, "1"] | None = None
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether it is in another basis that they are kept."""
+        return self.scheme is not None and self.scheme.turned
+
+    def turned(self, *heads: Array) -> tuple[Array, ...]:
+        """Queries, keys and values in the basis in which the last two are kept."""
+        return tuple(map(kv_cache.turned, heads)) if self.is_turned else heads
+
+    def turned_back(self, mixed: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """Averages of values that are kept so, in the basis of the layer behind them."""
+        return kv_cache.turned_back(mixed) if self.is_turned else mixed
+
+    def rounded(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        """What is left of keys and values that were kept so; their gradient passes through."""
+        if self.scheme is None:
+            return keys, values
+        return (
+            kv_cache.rounded(keys, self.scheme, self.key_scale),
+            kv_cache.rounded(values, self.scheme, self.value_scale),
+        )
+
+    def kept(self, keys: Float[Array, "BK S H"], values: Float[Array, "BK S H"]) -> LayerKV:
+        """Keys and values as they are held."""
+        if self.scheme is None:
+            return LayerKV(keys, values)
+        return LayerKV(
+            kv_cache.encoded(keys, self.scheme, self.key_scale),
+            kv_cache.encoded(values, self.scheme, self.value_scale),
+        )
+
+    def read(
+        self, held: LayerKV, size: int, dtype: DTypeLike
+    ) -> tuple[Float[Array, "BK S H"], Float[Array, "BK S H"]]:
+        """The keys and values that are held, heads of some size."""
+
+        def heads(codes: Array | Codes, static: Array | None) -> Array:
+            if not isinstance(codes, Codes):
+                return codes
+            assert self.scheme is not None  # else nothing would have been encoded
+            return kv_cache.decoded(codes, self.scheme, size, dtype, static)
+
+        return heads(held.keys, self.key_scale), heads(held.values, self.value_scale)
 
 
 class KVCache(NamedTuple):
@@ -79,4 +111,4 @@ class KVCache(NamedTuple):
     @property
     def capacity(self) -> int:
         """The most tokens a row can hold, S."""
-        return self.layers[0].keys.shape[1]
+        return self.layers[0].capacity

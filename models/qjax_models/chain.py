@@ -53,7 +53,7 @@ def _apply(block: DecoderBlock, x: Float[Array, "B T D"], context: tuple) -> Flo
 
 
 def _cache(config: DecoderConfig) -> Cache | None:
-    if config.kv_cache is None:
+    if config.kv_cache is None or not config.has_static_cache:
         return None
     return Cache(
         scheme=kv_cache.scheme(config.kv_cache),

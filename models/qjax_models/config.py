@@ -135,6 +135,11 @@ class DecoderConfig:
         """The factor on attention scores."""
         return self.head_size**-0.5 if self.query_scale is None else self.query_scale
 
+    @property
+    def has_static_cache(self) -> bool:
+        """Whether keys and values are kept by scales that calibration finds."""
+        return self.kv_cache is not None and kv_cache.scheme(self.kv_cache).static
+
     def is_sliding(self, layer: int) -> bool:
         """Whether layer number `layer` sees only the last `sliding_window` tokens."""
         return layer in self.sliding_layers

@@ -177,15 +177,23 @@ class Decoder(nnx.Module):
         return result
 
     def with_kv_cache(self, scheme: str) -> "Decoder":
-        """The same decoder, which will keep keys and values in few bits once their scales are found.
+        """The same decoder, which keeps keys and values in few bits.
+
+        By a static scheme it does once their scales are found. The arrays are shared; the decoder may be
+        quantized already.
 
         Args:
-            scheme: one of `qjax.kv_cache.SCHEMES`; `qjax.quantize_sequentially` finds the scales.
+            scheme: one of `qjax.kv_cache.SCHEMES`; `qjax.quantize_sequentially` finds static scales.
 
         Raises:
             ValueError: there is no such scheme.
         """
-        return self.reconfigured(replace(self.config, kv_cache=scheme))
+        config = replace(self.config, kv_cache=scheme)
+        result = nnx.merge(*nnx.split(self))
+        result.config = result.model.config = config
+        for block in result.model.layers:
+            block.self_attn.keep_as(config)
+        return result
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the token after each token, in float32."""

@@ -23,7 +23,7 @@ from qjax_models.attention import (
     cached_attention,
     causal_attention,
 )
-from qjax_models.cache import CacheScales, LayerKV
+from qjax_models.cache import Keeping, LayerKV
 from qjax_models.config import Activation, DecoderConfig
 from qjax_models.rope import Rotation, rotate
 
@@ -93,6 +93,9 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
+    k_scale: CacheScale  # these two where a static scheme keeps keys and values
+    v_scale: CacheScale
+
     def __init__(self, config: DecoderConfig, layer: int, numerics: Numerics, rngs: nnx.Rngs):
         """Attention of layer number `layer`, whose window depends on the number."""
         self.config = config
@@ -127,8 +130,16 @@ class Attention(nnx.Module):
         if config.query_key_norm:
             self.q_norm = RMSNorm(config.head_size, config, numerics)
             self.k_norm = RMSNorm(config.head_size, config, numerics)
-        if config.kv_cache is not None:
-            self.k_scale, self.v_scale = CacheScale(None), CacheScale(None)
+        self.keep_as(config)
+
+    def keep_as(self, config: DecoderConfig) -> None:
+        """Keeps keys and values as a configuration says that has nothing else of its own."""
+        self.config = config
+        for name in ("k_scale", "v_scale"):
+            if config.has_static_cache and not hasattr(self, name):
+                setattr(self, name, CacheScale(None))
+            elif not config.has_static_cache and hasattr(self, name):
+                delattr(self, name)
 
     def __call__(
         self,
@@ -149,19 +160,19 @@ class Attention(nnx.Module):
             The mixed features, and the layer's keys and values: of x alone, or of the whole cache.
         """
         queries, keys, values = self.rotated_heads(x, angles)
-        scales = self._cache_scales()
-        new = LayerKV(_head_major(keys), _head_major(values))
-        if scales is not None:
-            new = new.encoded(scales)
+        keeping = self._keeping()
+        queries, keys, values = keeping.turned(queries, keys, values)
+        kv = keeping.kept(_head_major(keys), _head_major(values))
         if cached is None:
-            if scales is not None:  # what a whole sequence sees is what later tokens will
-                keys, values = scales.rounded(keys, values)
-            mixed = causal_attention(queries, keys, values, self.rule, self.implementation)
+            # What a whole sequence sees is what later tokens will.
+            seen = keeping.rounded(keys, values)
+            mixed = causal_attention(queries, *seen, self.rule, self.implementation)
         else:
-            new = cached.write(new, positions)
-            held = new if scales is None else new.decoded(scales, queries.dtype)
-            mixed = cached_attention(queries, held.keys, held.values, positions, self.rule)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), new
+            kv = cached.write(kv, positions)
+            seen = keeping.read(kv, self.config.head_size, queries.dtype)
+            mixed = cached_attention(queries, *seen, positions, self.rule)
+        mixed = keeping.turned_back(mixed)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), kv
 
     def rotated_heads(
         self, x: Float[Array, "B T D"], angles: Rotation
@@ -170,13 +181,16 @@ class Attention(nnx.Module):
         queries, keys, values = self._heads(x)
         return rotate(queries, angles), rotate(keys, angles), values
 
-    def _cache_scales(self) -> CacheScales | None:
-        """How keys and values are kept; None: as they are, for now or for ever."""
-        if self.config.kv_cache is None or self.k_scale.get_value() is None:
-            return None
-        return CacheScales(
-            self.k_scale[...], self.v_scale[...], kv_cache.scheme(self.config.kv_cache)
-        )
+    def _keeping(self) -> Keeping:
+        """How keys and values are kept: by static scales once they are found."""
+        if self.config.kv_cache is None:
+            return Keeping()
+        scheme = kv_cache.scheme(self.config.kv_cache)
+        if not scheme.static:
+            return Keeping(scheme)
+        if self.k_scale.get_value() is None:
+            return Keeping()
+        return Keeping(scheme, self.k_scale[...], self.v_scale[...])
 
     def _heads(
         self, x: Float[Array, "B T D"]

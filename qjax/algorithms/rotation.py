@@ -31,6 +31,7 @@ References:
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -72,18 +73,31 @@ def turned(x: Float[Array, "..."], axis: int, seed: int | None = None) -> Float[
       >>> turned(jnp.array([[4.0, 0.0, 0.0, 0.0]]), axis=1).tolist()
       [[2.0, 2.0, 2.0, 2.0]]
     """
-    matrices = factors(x.shape[axis])
-    wide = jnp.moveaxis(x, axis, -1).astype(jnp.promote_types(x.dtype, jnp.float32))
-    shape = wide.shape
+    wide = _wide(x, axis)
     if seed is not None:
-        wide = wide * signs(shape[-1], seed).astype(wide.dtype)
-    wide = wide.reshape(*shape[:-1], *map(len, matrices))
-    for matrix in matrices:
-        # Takes the first axis that is not rotated yet and puts it last: all are in order in the end.
-        wide = jnp.tensordot(
-            wide, matrix.astype(wide.dtype), axes=(-len(matrices), 0), precision="highest"
-        )
-    return jnp.moveaxis(wide.reshape(shape), -1, axis).astype(x.dtype)
+        wide = wide * signs(wide.shape[-1], seed).astype(wide.dtype)
+    wide = _times_kronecker(wide, factors(wide.shape[-1]))
+    return jnp.moveaxis(wide, -1, axis).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "seed"))
+def turned_back(x: Float[Array, "..."], axis: int, seed: int | None = None) -> Float[Array, "..."]:
+    """What :func:`turned` made ``x`` of: an array times the transpose of the rotation.
+
+    Args:
+      x: as of :func:`turned`.
+      axis: likewise.
+      seed: likewise.
+
+    Example:
+      >>> turned_back(jnp.array([[2.0, 2.0, 2.0, 2.0]]), axis=1).tolist()
+      [[4.0, 0.0, 0.0, 0.0]]
+    """
+    wide = _wide(x, axis)
+    wide = _times_kronecker(wide, [matrix.T for matrix in factors(wide.shape[-1])])
+    if seed is not None:
+        wide = wide * signs(wide.shape[-1], seed).astype(wide.dtype)
+    return jnp.moveaxis(wide, -1, axis).astype(x.dtype)
 
 
 def signs(n: int, seed: int) -> Float[np.ndarray, " n"]:
@@ -116,6 +130,24 @@ def factors(n: int) -> tuple[Float[np.ndarray, "_ _"], ...]:
         found.append(_sylvester(order) / math.sqrt(order))
         power //= order
     return tuple(found) or (np.ones((1, 1)),)
+
+
+def _wide(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """With the axis last, in float32 or better."""
+    return jnp.moveaxis(x, axis, -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _times_kronecker(
+    x: Float[Array, "*batch n"], matrices: Sequence[Float[np.ndarray, "_ _"]]
+) -> Float[Array, "*batch n"]:
+    """The last axis times the Kronecker product of some matrices."""
+    split = x.reshape(*x.shape[:-1], *map(len, matrices))
+    for matrix in matrices:
+        # Takes the first axis that is not rotated yet and puts it last: all are in order in the end.
+        split = jnp.tensordot(
+            split, matrix.astype(x.dtype), axes=(-len(matrices), 0), precision="highest"
+        )
+    return split.reshape(x.shape)
 
 
 def _sylvester(order: int) -> Float[np.ndarray, "_ _"]:

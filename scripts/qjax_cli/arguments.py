@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 import qjax
+from qjax import kv_cache
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -83,3 +84,12 @@ def scheme(name: str) -> qjax.Scheme:
         return qjax.Scheme.parse(name)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def kv_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Declares how a model that runs keeps keys and values, whatever its directory says."""
+    parser.add_argument(
+        "--kv-cache",
+        choices=kv_cache.DYNAMIC,
+        help="keep keys and values in 8 or 4 bits (default: as the directory says)",
+    )

@@ -20,7 +20,7 @@ import qjax
 from qjax_checkpoints.load import Checkpoint, load
 from qjax_checkpoints.tokenizer import load_tokenizer
 from qjax_cli import text
-from qjax_cli.arguments import whole_number
+from qjax_cli.arguments import kv_cache_argument, whole_number
 from qjax_cli.console import Console
 from qjax_models.stacked_experts import stack_experts
 
@@ -44,12 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="computed in, weights and activations (default float32)",
     )
+    kv_cache_argument(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Evaluates and prints."""
     dtype = jnp.dtype(args.dtype)
     checkpoint = load(args.source, dtype)
+    model = checkpoint.model
+    if args.kv_cache:
+        model = model.with_kv_cache(args.kv_cache)
     baseline = load(args.baseline, dtype) if args.baseline else None
     tokens = _windows(args, checkpoint)
     if baseline and baseline.model.config.vocab_size != checkpoint.model.config.vocab_size:
@@ -63,15 +67,16 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"windows of {tokens.shape[1]} tokens go beyond the {context} that the model was made for"
         )
     for loaded in filter(None, (checkpoint, baseline)):
-        stack_experts(loaded.model)
         for line in loaded.notes:
             console.note(line)
+    for decoder in filter(None, (model, baseline and baseline.model)):
+        stack_experts(decoder)
     start = time.perf_counter()
     # float32 means float32: a GPU would otherwise round the factors of each product to TF32.
     precise = jax.default_matmul_precision("highest" if args.dtype == "float32" else None)
     with precise, console.progress("windows", len(tokens)) as bar:
         evaluation = qjax.evaluate(
-            checkpoint.model,
+            model,
             tokens,
             baseline=baseline.model if baseline else None,
             on_batch=bar.reach,
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         "tokens": evaluation.tokens,
         "seconds": seconds,
         "dtype": args.dtype,
+        "kv_cache": model.config.kv_cache,
     }
     lines = [
         f"perplexity      {evaluation.perplexity:.4f}",

@@ -14,7 +14,7 @@ from flax import nnx
 import qjax
 from qjax_checkpoints.load import load
 from qjax_checkpoints.tokenizer import load_tokenizer
-from qjax_cli.arguments import number, whole_number
+from qjax_cli.arguments import kv_cache_argument, number, whole_number
 from qjax_cli.console import Console
 from qjax_models.generate import Generator, Timing
 from qjax_models.joined import join_projections
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=whole_number(0, 2**31 - 1), default=0, help="of the sampling (default 0)"
     )
+    kv_cache_argument(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
@@ -67,9 +68,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
             f"{len(prompt)} prompt tokens and {args.max_new} new ones go beyond the {context} that "
             "the model was made for"
         )
-    join_projections(checkpoint.model)
-    stack_experts(checkpoint.model)
-    graph, state = nnx.split(checkpoint.model)
+    model = checkpoint.model
+    if args.kv_cache:
+        model = model.with_kv_cache(args.kv_cache)
+    join_projections(model)
+    stack_experts(model)
+    graph, state = nnx.split(model)
     generator = Generator(
         nnx.merge(graph, qjax.prepare(state)),
         capacity=len(prompt) + args.max_new,

@@ -56,10 +56,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         f"{values['bits_per_weight']:.3f} bits a weight"
     )
     summary += _static_inputs([s for layer in layers if (s := layer["input_scale"]) is not None])
-    if values["kv_cache"] is not None:
-        least, most = min(values["cache_scales"].values()), max(values["cache_scales"].values())
-        kept = values["kv_cache"]
-        summary += f"; keys and values are kept as {kept} by scales of {least:.3g} to {most:.3g}"
+    summary += _kept(values["kv_cache"], list(values["cache_scales"].values()))
     headings = ("layer", "scheme", "shape", "bytes", "bits", "runs here as")
     console.result(values, table(headings, rows, left=2), summary, *checkpoint.notes)
 
@@ -67,6 +64,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
 def _cache_scales(model: nnx.Module) -> dict[str, float]:
     """The scales by which keys and values are kept."""
     return {path: float(s.get_value()[0]) for path, s in kv_cache.scales_of(model).items()}
+
+
+def _kept(scheme: str | None, scales: list[float]) -> str:
+    """How keys and values are kept."""
+    if scheme is None:
+        return ""
+    by = f"scales of {min(scales):.3g} to {max(scales):.3g}" if scales else "scales of their own"
+    return f"; keys and values are kept as {scheme} by {by}"
 
 
 def _static_inputs(scales: list[float]) -> str:

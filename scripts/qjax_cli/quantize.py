@@ -129,8 +129,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache",
         choices=tuple(kv_cache.SCHEMES),
-        help="keep keys and values in 8 bits, too, by a scale for all keys of a layer and one for all "
-        "values, from calibration (default: as they are)",
+        help="keep keys and values in 8 or 4 bits, too: by a scale for all keys of a layer and one for "
+        "all values, from calibration (static), or by scales of each head of each token, which need none "
+        "and no word in OUT: eval and generate take them as well (default: as they are)",
     )
     parser.add_argument(
         "--format",
@@ -273,7 +274,7 @@ def _quantized(
     storage: Storage | None = None,
 ) -> tuple[Decoder, QuantizationReport]:
     what = "quantizing"
-    if how.looks_at_inputs(recipe) or args.kv_cache is not None:
+    if how.looks_at_inputs(recipe) or _has_static_cache(args):
         what = f"calibrating on {len(tokens)} windows of {tokens.shape[1]} tokens"
     with console.progress(what, 2 * model.config.num_layers) as bar:
         return qjax.quantize_sequentially(
@@ -288,6 +289,10 @@ def _quantized(
             spill=args.spill,
             on_step=lambda what: bar.advance(),
         )
+
+
+def _has_static_cache(args: argparse.Namespace) -> bool:
+    return args.kv_cache is not None and kv_cache.scheme(args.kv_cache).static
 
 
 def _tokens(args: argparse.Namespace, config: DecoderConfig) -> Int[np.ndarray, "n length"]:
@@ -340,7 +345,12 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
             f"{recipe.static_scheme.name} has input scales from calibration: give text or tokens, "
             "--calib FILE, or take a scheme without -static"
         )
-    if args.kv_cache is not None:
+    if args.kv_cache in kv_cache.DYNAMIC and args.format == "compressed-tensors":
+        raise ValueError(
+            f"--kv-cache {args.kv_cache} is nothing that compressed-tensors has a word for: take "
+            f"--format orbax, or give --kv-cache {args.kv_cache} to qjax eval and qjax generate"
+        )
+    if _has_static_cache(args):
         if not args.calib:
             raise ValueError(
                 f"--kv-cache {args.kv_cache} has scales from calibration: give text or tokens, "

@@ -70,6 +70,24 @@ def test_round_trip(write, format, scheme, assert_same_model):
     assert_same_model(model, load(path.parent / "again").model)
 
 
+@pytest.mark.parametrize("scheme", kv_cache.DYNAMIC)
+def test_a_scheme_without_scales_is_a_word_in_an_orbax_directory(
+    quantizable_llama, tmp_path, scheme, assert_same_model
+):
+    model = quantizable_llama.model.with_kv_cache(scheme)
+    model, _ = quantize_model(model, "w8a16-channel")
+    save(model, quantizable_llama, tmp_path / "out", "orbax")
+    loaded = load(tmp_path / "out").model
+    assert loaded.config.kv_cache == scheme
+    assert_same_model(model, loaded)
+    tokens = jnp.asarray(TOKENS)
+    np.testing.assert_array_equal(loaded(tokens), model(tokens))
+    for format, why in {"compressed-tensors": "static scales alone", "dense": "cannot say"}.items():
+        with pytest.raises(ValueError, match=f"as {scheme}.*{why}"):
+            save(model, quantizable_llama, tmp_path / format, format)
+        assert not (tmp_path / format).exists()
+
+
 def test_what_the_file_says(write):
     model, path = write("compressed-tensors")
     config = json.loads((path / "config.json").read_text())
@@ -157,8 +175,11 @@ def test_broken_descriptions_are_named(write):
     _, path = write("orbax")
     description = json.loads((path / "qjax.json").read_text())
     assert description["kv_cache"] == KV
-    (path / "qjax.json").write_text(json.dumps(description | {"kv_cache": "kv-int4"}))
-    assert "kv_cache must be null or one of kv-fp8-static, not 'kv-int4'" in message(path)
+    (path / "qjax.json").write_text(json.dumps(description | {"kv_cache": "kv-int2"}))
+    assert (
+        "kv_cache must be null or one of kv-fp8-static, kv-fp8, kv-int8, kv-int4, not 'kv-int2'"
+        in (message(path))
+    )
     (path / "qjax.json").write_text(json.dumps(description | {"kv_cache": None}))
     assert "4 parameters are only in one of them" in message(path)
 

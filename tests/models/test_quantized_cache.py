@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values in e4m3: scales of what quantized blocks give, and one result however tokens come."""
+"""Keys and values in few bits: scales of what quantized blocks give, one result however tokens come."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 
 from qjax import Method, Recipe, kv_cache, nnx_layers, quantize_sequentially
+from qjax.algorithms import rotation
 from qjax_models import Decoder, DecoderConfig, blockwise, rotatable
 from qjax_models.config import ExpertsConfig
 
@@ -26,6 +29,7 @@ FAMILIES = {
 TOKENS = np.random.default_rng(0).integers(0, 64, (10, 24)).astype(np.int32)
 SEQUENCES = jnp.asarray(TOKENS)
 KV = "kv-fp8-static"
+TOPS = {"kv-fp8": 448, "kv-int8": 128, "kv-int4": 8}  # magnitudes of the lowest codes
 
 
 def decoder(family: str = "llama", **options) -> Decoder:
@@ -43,6 +47,27 @@ def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(codes).astype(x.dtype) * scale
 
 
+def seen(heads: jax.Array, scheme: str, scale: jax.Array | None) -> jax.Array:
+    """What is left of keys or values, in their own basis, by the definition."""
+    if scale is not None:
+        return rounded(heads, scale)
+    size = heads.shape[-1]
+    basis = np.eye(size)
+    if scheme == "kv-int4":
+        kronecker = functools.reduce(np.kron, rotation.factors(size))
+        basis = np.diag(rotation.signs(size, 0)) @ kronecker
+    x = jnp.einsum("...h,hj->...j", heads, basis, precision="highest")
+    largest = jnp.take_along_axis(
+        x, jnp.abs(x).argmax(-1, keepdims=True), axis=-1
+    )  # one group a head
+    step = -largest / TOPS[scheme]
+    if scheme == "kv-fp8":
+        x = rounded(x, step)
+    else:
+        x = jnp.clip(jnp.round(x / step), -TOPS[scheme], TOPS[scheme] - 1) * step
+    return jnp.einsum("...j,hj->...h", x, basis, precision="highest")
+
+
 @nnx.jit
 def by_hand(model: Decoder) -> tuple[jax.Array, list[jax.Array]]:
     """Logits of attention over rounded keys and values, written out; and the largest of them."""
@@ -53,8 +78,12 @@ def by_hand(model: Decoder) -> tuple[jax.Array, list[jax.Array]]:
         (angles, _), attention = chain.blocks[index].context, block.self_attn
         queries, keys, values = attention.rotated_heads(block.input_layernorm(x), angles)
         largest += [jnp.abs(keys).max(), jnp.abs(values).max()]
-        keys = rounded(keys, attention.k_scale[0])
-        values = rounded(values, attention.v_scale[0])
+        scales = (None, None)
+        if config.has_static_cache:
+            scales = attention.k_scale[0], attention.v_scale[0]
+        keys, values = (
+            seen(a, config.kv_cache, scale) for a, scale in zip((keys, values), scales, strict=True)
+        )
         keys, values = (jnp.repeat(a, config.queries_per_kv_head, axis=2) for a in (keys, values))
         scores = jnp.einsum("btnh,bsnh->bnts", queries, keys) * config.attention_scale
         if cap := config.attention_softcap:
@@ -84,6 +113,20 @@ def test_scales_and_logits_written_out(family):
     scales = [float(s.get_value()[0]) for s in kv_cache.scales_of(model).values()]
     np.testing.assert_allclose(scales, np.array(largest) / 448, rtol=1e-4)
     assert len(set(scales)) == 2 * model.config.num_layers
+    near_by_hand(model, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", kv_cache.DYNAMIC)
+def test_dynamic_schemes_written_out(scheme, family):
+    model = decoder(family).with_kv_cache(scheme)
+    assert not kv_cache.scales_of(model)
+    near_by_hand(model, by_hand(model)[0])
+    far = jnp.abs(model(SEQUENCES) - decoder(family)(SEQUENCES)).max()
+    assert far > 1e-3
+
+
+def near_by_hand(model: Decoder, expected: jax.Array) -> None:
     logits = nnx.jit(Decoder.__call__)(model, SEQUENCES)
     # A code may fall to the other side of its tie where sums are taken in another order.
     np.testing.assert_allclose(logits, expected, atol=0.03 * float(jnp.abs(expected).max()))
@@ -91,8 +134,9 @@ def test_scales_and_logits_written_out(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_token_by_token_gives_what_the_whole_sequence_does(family):
-    model = calibrated(decoder(family))
+@pytest.mark.parametrize("scheme", kv_cache.SCHEMES)
+def test_token_by_token_gives_what_the_whole_sequence_does(scheme, family):
+    model = calibrated(decoder(family)) if scheme == KV else decoder(family).with_kv_cache(scheme)
     whole = model.hidden(SEQUENCES)
     prompt = 10
     hidden, cache = model.prefill(SEQUENCES[:, :prompt], jnp.full(len(TOKENS), prompt), 30)
@@ -100,7 +144,9 @@ def test_token_by_token_gives_what_the_whole_sequence_does(family):
     for t in range(prompt, TOKENS.shape[1]):
         hidden, cache = model.extend(SEQUENCES[:, t : t + 1], cache)
         steps.append(hidden)
-    assert {a.dtype.name for a in jax.tree.leaves(cache.layers)} == {"float8_e4m3fn"}
+    held = {codes.codes.dtype.name for layer in cache.layers for codes in layer}
+    codes = {"kv-int8": "int8", "kv-int4": "uint8"}
+    assert held == {codes.get(scheme, "float8_e4m3fn")}
     stepwise = np.concatenate(steps, axis=1)
     assert np.median(np.abs(stepwise - whole)) < 1e-5 * float(jnp.abs(whole).max())
     np.testing.assert_allclose(stepwise, whole, atol=0.03 * float(jnp.abs(whole).max()))
@@ -113,6 +159,17 @@ def test_the_cache_takes_a_quarter_of_float32():
     assert total[0] == 4 * total[1]
 
 
+@pytest.mark.parametrize(
+    ("scheme", "bits"), [("kv-fp8", 8.25), ("kv-int8", 8.25), ("kv-int4", 4.5)]
+)
+def test_bits_of_a_number_in_heads_of_128(scheme, bits):
+    sizes = SIZES | {"head_size": 128, "num_heads": 2, "num_kv_heads": 1}
+    model = Decoder(DecoderConfig(**sizes), rngs=nnx.Rngs(0)).with_kv_cache(scheme)
+    layers = model.prefill(SEQUENCES, jnp.full(len(TOKENS), 24), 40)[1].layers
+    numbers = 2 * len(layers) * len(TOKENS) * 40 * 128
+    assert 8 * sum(a.nbytes for a in jax.tree.leaves(layers)) / numbers == bits
+
+
 def test_before_calibration_everything_is_as_it_was():
     model = decoder()
     waiting = model.with_kv_cache(KV)
@@ -121,6 +178,17 @@ def test_before_calibration_everything_is_as_it_was():
     assert set(kv_cache.scales_of(waiting)) == {
         f"model/layers/{i}/self_attn/{name}" for i in range(2) for name in ("k_scale", "v_scale")
     }
+
+
+def test_a_quantized_model_takes_another_cache_and_shares_its_arrays():
+    model = calibrated(decoder())
+    other = model.with_kv_cache("kv-int4")
+    assert not kv_cache.scales_of(other) and len(kv_cache.scales_of(model)) == 4
+    ours, theirs = (dict(nnx_layers.quantized_layers(m)) for m in (other, model))
+    assert ours and all(ours[path].codes is theirs[path].codes for path in ours)
+    near_by_hand(other, by_hand(other)[0])
+    again = model.with_kv_cache(KV)  # static already: its scales stay
+    np.testing.assert_array_equal(again(SEQUENCES), model(SEQUENCES))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "learned", "rotation+gptq"])
@@ -178,8 +246,8 @@ def test_bfloat16():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="unknown scheme of the cache 'kv-int4'; there are kv-fp8"):
-        decoder().with_kv_cache("kv-int4")
+    with pytest.raises(ValueError, match="unknown scheme of the cache 'kv-int2'; there are kv-fp8"):
+        decoder().with_kv_cache("kv-int2")
     waiting = decoder().with_kv_cache(KV)
     none = np.zeros((0, 1), np.int32)
     with pytest.raises(ValueError, match="a quantized cache has scales from calibration"):

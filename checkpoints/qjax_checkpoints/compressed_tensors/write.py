@@ -10,7 +10,7 @@ from qjax_checkpoints.compressed_tensors import layouts
 from qjax_checkpoints.compressed_tensors.config import write_config
 from qjax_checkpoints.parameters import check_found, pending_parameter, stored_values
 from qjax_checkpoints.shards import PendingTensor
-from qjax_models import Decoder
+from qjax_models import Decoder, DecoderConfig
 
 _HEAD = "lm_head"
 
@@ -26,6 +26,7 @@ def compressed(model: Decoder) -> tuple[dict[str, PendingTensor], dict[str, Any]
             the layer); or the model turns activations at run time.
     """
     check_nothing_online(model)
+    _check_cache(model.config)
     tensors, layers = encoded(model)
     if not layers:
         raise ValueError("no layer is quantized; --format dense writes a plain model")
@@ -69,6 +70,15 @@ def check_nothing_online(model: Decoder) -> None:
         raise ValueError(
             "rotated for activations of 4 bits, the model turns the inputs of down_proj at run "
             "time, which no Hugging Face directory can say; --format orbax holds it"
+        )
+
+
+def _check_cache(config: DecoderConfig) -> None:
+    if config.kv_cache is not None and not config.has_static_cache:
+        raise ValueError(
+            f"the model keeps keys and values as {config.kv_cache}, and compressed-tensors knows static "
+            "scales alone: --format orbax holds it, and qjax eval and qjax generate take "
+            f"--kv-cache {config.kv_cache} for a model that does not say"
         )
 
 

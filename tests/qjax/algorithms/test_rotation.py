@@ -57,6 +57,7 @@ def test_an_axis_is_turned_by_the_product_of_the_factors(rng, n, seed):
     expected = np.einsum("anb,nm->amb", x.astype(np.float64), q)
     found = rotation.turned(jnp.asarray(x), 1, seed)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(rotation.turned_back(found, 1, seed), x, atol=1e-5)
 
 
 def test_products_stay(rng):

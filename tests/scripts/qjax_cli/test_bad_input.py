@@ -53,8 +53,9 @@ def quantize(qjax, source, tmp_path):
 
 def test_scales_of_the_cache_need_text(quantize):
     fails(quantize("w8a16-g32", "--kv-cache", "kv-fp8-static"), "kv-fp8-static", "--calib FILE")
-    outcome = quantize("w8a16-g32", "--kv-cache", "kv-int4")
-    assert outcome.status == 2 and "invalid choice: 'kv-int4'" in outcome.err
+    outcome = quantize("w8a16-g32", "--kv-cache", "kv-int2")
+    assert outcome.status == 2 and "invalid choice: 'kv-int2'" in outcome.err
+    fails(quantize("w8a16-g32", "--kv-cache", "kv-int4"), "--format orbax", "qjax eval")
 
 
 def test_no_such_directory(qjax, tmp_path):

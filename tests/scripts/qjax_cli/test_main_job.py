@@ -101,6 +101,27 @@ def test_static_scales_of_what_layers_multiply(qjax, source, tokens, tmp_path):
 
 
 @pytest.mark.one_version  # whole commands; the parts have tests of their own
+def test_keys_and_values_in_4_bits(qjax, source, tokens, tmp_path):
+    def judged(directory, *options):
+        done = qjax("eval", directory, "--tokens", tokens, "--baseline", source, *options, "--json")
+        assert done.status == 0, done.err
+        return done.json
+
+    kept = judged(source, "--kv-cache", "kv-int4")
+    assert kept["kv_cache"] == "kv-int4" and 0 < kept["kl"] < 0.5
+    assert judged(source)["kv_cache"] is None
+    words = "--scheme", "w8a16-g32", "--kv-cache", "kv-int4", "--format", "orbax"
+    done = qjax("quantize", source, tmp_path / "out", *words)
+    assert done.status == 0, done.err
+    said, given = (judged(tmp_path / "out", *o) for o in ([], ["--kv-cache", "kv-int4"]))
+    assert said["nll"] == given["nll"] and said["kv_cache"] == "kv-int4"
+    assert "kept as kv-int4 by scales of their own" in qjax("inspect", tmp_path / "out").out
+    for directory, options in ((source, ["--kv-cache", "kv-int4"]), (tmp_path / "out", [])):
+        spoken = qjax("generate", directory, "--prompt", "abc", "--max-new", 3, "--json", *options)
+        assert spoken.status == 0, spoken.err
+
+
+@pytest.mark.one_version  # whole commands; the parts have tests of their own
 def test_inputs_with_outliers_stay_in_16_bits(qjax, source, tokens, tmp_path):
     """In a model whose norms make two of 64 inputs large, and whose weights make up for it."""
     weights = safetensors.numpy.load_file(source / "model.safetensors")
