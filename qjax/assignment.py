@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layers of a model a recipe quantizes, and which of them share a weight."""
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flax import nnx
@@ -97,3 +99,9 @@ def _nothing_matches(recipe: Recipe, paths: list[str]) -> str:
         return "the model has no nnx.Linear, nnx.LinearGeneral, nnx.Einsum or nnx.Embed layer"
     patterns = ", ".join(repr(rule.pattern) for rule in recipe.rules)
     return f"no rule ({patterns}) quantizes a layer; paths look like {', '.join(paths[:3])}"
+
+
+def warn_of_unmatched(patterns: Iterable[str]) -> None:
+    """Says which rules of a recipe decide for no layer: where there is no report, nobody else does."""
+    for pattern in patterns:
+        warnings.warn(f"rule {pattern!r} decides for no layer", stacklevel=4)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from qjax.qat import fake_quantizer, form, parameter_tree
 from qjax.qat.lsq import LearnedGrid
-from qjax.qat.parameter_tree import Axes
+from qjax.qat.parameter_tree import Axes, Weights
 from qjax.scheme import Recipe
 
 
@@ -41,9 +41,12 @@ def fake_quant(
     Returns:
       The model, or the tree, to train with.
 
+    Warns:
+      UserWarning: a rule that decides for no layer.
+
     Raises:
       ValueError: the recipe quantizes nothing, or not all of what it names can be trained; the message
-        begins with the layer's path.
+        begins with the layer's path. A grid or an axis is given for what is no quantized layer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -60,7 +63,7 @@ def fake_quant(
             )
         return fake_quantizer.with_hooks(model, recipe, dtype)
     weights = parameter_tree.weights_of(model, recipe, axes, dtype)
-    known = grids or {}
+    known = _known(grids, weights)
     return weights.map(
         lambda path, w: form.fake_quantize(w, weights.forms[path], known.get(path)), model
     )
@@ -124,7 +127,17 @@ def quantized_params(
     """
     recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
     weights = parameter_tree.weights_of(params, recipe, axes, dtype)
-    known = grids or {}
+    known = _known(grids, weights)
     return weights.map(
         lambda path, w: form.quantize(w, weights.forms[path], known.get(path)), params
     )
+
+
+def _known(grids: dict[str, LearnedGrid] | None, weights: Weights) -> dict[str, LearnedGrid]:
+    """The grids that are given, each of a layer."""
+    for path in grids or {}:
+        if path not in weights.forms:
+            raise ValueError(
+                f"grids: {path!r} is no quantized layer; there are {', '.join(list(weights.forms)[:3])}"
+            )
+    return grids or {}

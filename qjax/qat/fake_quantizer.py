@@ -145,6 +145,7 @@ def with_hooks(model: Model, recipe: Recipe, dtype: Any = None) -> Model:
         if isinstance(layer.promote_dtype, FakeQuantizer):
             raise ValueError(f"{path}: trains with fake quantization already")
         _hook(path, assigned, _form(path, layer, assigned, dtype))
+    assignment.warn_of_unmatched(assigned.unmatched_rules)
     return result
 
 

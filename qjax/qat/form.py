@@ -6,13 +6,16 @@ Both are made of the same codes.
     fake_quantize(w)  =  dequantize(quantize(w)),       d fake_quantize(w) / dw  =  1
 
 Without a grid of their own, scales follow the weights as in rounding to nearest: each reaches to the
-largest weight of its tile, so nothing lies beyond and every gradient passes. With one
+largest weight of its tile, or half a step short of it, and as it follows, every gradient passes. With one
 (:mod:`qjax.qat.lsq`) what lies at its ends or beyond has none.
+
+A NaN stays one, though no integer is a code for it: training that has gone wrong shows at once.
 """
 
 import math
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax import qtensor, ranges
@@ -110,12 +113,14 @@ def fake_quantize(
     """
     _check_shape(w, form)
     if grid is None:
-        return straight_through(w, qtensor.dequantize(quantize(w, form), w.dtype))
-    fmt, tile = form.scheme.weights.format, form.tile
-    return lsq.fake_quantize(
-        w, grid, fmt, tile, dtype=form.scale_dtype,
-        gradient_scale=lsq.gradient_scale(math.prod(tile), fmt),
-    )  # fmt: skip
+        near = straight_through(w, qtensor.dequantize(quantize(w, form), w.dtype))
+    else:
+        fmt, tile = form.scheme.weights.format, form.tile
+        near = lsq.fake_quantize(
+            w, grid, fmt, tile, dtype=form.scale_dtype,
+            gradient_scale=lsq.gradient_scale(math.prod(tile), fmt),
+        )  # fmt: skip
+    return jnp.where(jnp.isnan(w), w, near)
 
 
 def quantize(w: Float[Array, "..."], form: Form, grid: LearnedGrid | None = None) -> QTensor:

@@ -29,7 +29,7 @@ class StraightThroughState(NamedTuple):
 
     Attributes:
       step: updates so far.
-      masters: all parameters, quantized ones in float32.
+      masters: all parameters, in float32.
       inner: of the optimizer inside.
     """
 
@@ -61,7 +61,8 @@ def straight_through(
 
     Raises:
       ValueError: stages that do not begin at 0 or are not in order; and in ``init`` what
-        :func:`qjax.fake_quant` raises, or a pattern that matches no quantized layer.
+        :func:`qjax.fake_quant` raises, a pattern that matches no quantized layer, or a stage that is of
+        other layers than the one before or gives one more bits.
 
     Example:
       >>> params = {"kernel": jnp.linspace(-1, 1, 8).reshape(4, 2)}
@@ -78,7 +79,9 @@ def straight_through(
         return [parameter_tree.weights_of(params, rules, axes) for _, rules in stages]
 
     def init(params: Any) -> StraightThroughState:
-        first = found(params)[0]
+        first, *later = found(params)
+        for before, after, (step, _) in zip([first, *later], later, stages[1:], strict=False):
+            _check_tightens(before, after, step)
         for pattern in frozen or {}:
             if not any(re.fullmatch(pattern, path) for path in first.forms):
                 raise ValueError(
@@ -86,7 +89,7 @@ def straight_through(
                     f"{', '.join(list(first.forms)[:3])}"
                 )
         # Copies, even of what is not quantized: both may be given up for the next step's.
-        full = first.map(lambda path, w: w.astype(jnp.float32), jax.tree.map(jnp.copy, params))
+        full = jax.tree.map(_full, params)
         return StraightThroughState(jnp.zeros((), jnp.int32), full, inner.init(full))
 
     def update(
@@ -159,6 +162,27 @@ def _stages(recipe: str | Recipe | Stages) -> list[tuple[int, Recipe]]:
         (first, Recipe.uniform(rules) if isinstance(rules, str) else rules)
         for first, rules in stages
     ]
+
+
+def _check_tightens(before: Weights, after: Weights, step: int) -> None:
+    """Checks that a stage holds the layers of the one before it, in no more bits."""
+    for path in [*before.forms, *after.forms]:
+        bits = [
+            weights.forms[path].scheme.weights.format.bits if path in weights.forms else None
+            for weights in (before, after)
+        ]
+        if bits[0] is None or bits[1] is None or bits[1] > bits[0]:
+            was, will = (f"{b} bits" if b else "not quantized" for b in bits)
+            raise ValueError(
+                f"{path}: {was} before step {step} and {will} from then on; stages tighten the grids of "
+                "the same layers"
+            )
+
+
+def _full(leaf: Array) -> Array:
+    """A copy in full precision."""
+    leaf = jnp.copy(leaf)
+    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _kept(path: str, frozen: Mapping[str, int], step: Any, new: Any, old: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax import assignment
 from qjax.qat.form import Form, check_dynamic
 from qjax.scheme import Recipe
 
@@ -61,22 +62,26 @@ def weights_of(tree: Any, recipe: Recipe, axes: Axes | None = None, dtype: Any =
         first that matches decides.
       dtype: logical dtype of the QTensors later on; None: that of each weight.
 
+    Warns:
+      UserWarning: a rule that decides for no leaf.
+
     Raises:
-      ValueError: the recipe quantizes no leaf, a group size does not divide one, or one of more than two
-        axes is not among ``axes`` (named).
+      ValueError: the recipe quantizes no leaf, a group size does not divide one, one of more than two
+        axes is not among ``axes`` (named), or one of ``axes`` matches none.
 
     Example:
       >>> tree = {"up": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
       >>> list(weights_of(tree, Recipe.uniform("w4a16-g4")).forms)
       ['up']
     """
-    forms, paths, leaves = {}, [], jax.tree.leaves(tree)
+    forms, paths, leaves, used = {}, [], jax.tree.leaves(tree), set()
     layers = [_layer_of(path) for path in _paths(tree)]
     flax = any(kind == "kernel" for _, kind in layers)
     for (path, kind), leaf in zip(layers, leaves, strict=True):
         rule = None
         if _is_weight(leaf) and (kind or not flax):
             rule = recipe.rule_for(path, protected=kind == "embedding")
+            used.add(id(rule))
         scheme = None if rule is None else rule.scheme
         paths.append(path if scheme else None)
         if scheme is None:
@@ -95,6 +100,13 @@ def weights_of(tree: Any, recipe: Recipe, axes: Axes | None = None, dtype: Any =
         raise ValueError(
             f"no rule ({patterns}) quantizes a leaf; paths look like {', '.join(known)}"
         )
+    for pattern in axes or {}:
+        if not any(re.fullmatch(pattern, path) for path in forms):
+            raise ValueError(
+                f"axes: {pattern!r} matches no quantized layer; paths look like "
+                f"{', '.join(list(forms)[:3])}"
+            )
+    assignment.warn_of_unmatched(rule.pattern for rule in recipe.rules if id(rule) not in used)
     return Weights(forms=forms, paths=tuple(paths))
 
 
@@ -126,6 +138,6 @@ def _axis(path: str, kind: str, ndim: int, axes: Axes) -> tuple[int, ...]:
     if ndim > 2:
         raise ValueError(
             f"{path}: a tree does not say which of its {ndim} axes a product sums over; do so, such as "
-            f"axes={{{path!r}: (-{ndim},)}}"
+            f"axes={{{path!r}: (-2,)}} if it is stacked [layers, in, out]"
         )
     return (-2,)

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import qjax
 from qjax import activations, qtensor
@@ -145,7 +146,23 @@ def test_bad_input() -> None:
     tree = {"up": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
     with pytest.raises(ValueError, match="no rule .* quantizes a leaf; paths look like up"):
         qjax.fake_quant(tree, qjax.Recipe.from_json([["down", "w4a16"]]))
+    with pytest.raises(
+        ValueError, match="axes: 'upp' matches no quantized layer; paths look like up"
+    ):
+        qjax.fake_quant(tree, "w4a16-channel", axes={"upp": (-2,)})
+    grids = qjax.learned_grids(tree, "w4a16-channel")
+    with pytest.raises(ValueError, match="grids: 'upp' is no quantized layer; there are up"):
+        qjax.fake_quant(tree, "w4a16-channel", {"upp": grids["up"]})
     with pytest.raises(ValueError, match="up: group size 3 does not divide 8"):
         qjax.fake_quant(tree, "w4a16-g3")
     with pytest.raises(ValueError, match="up: scales that are powers of two"):
         qjax.learned_grids({"up": {"kernel": jnp.ones((32, 4))}}, "mxfp4")
+
+
+def test_a_rule_that_decides_for_nothing_is_told() -> None:
+    recipe = qjax.Recipe.from_json([["u_p", "w4a16-channel"], [".*", "w8a16-channel"]])
+    tree = {"up": {"kernel": jnp.ones((8, 4))}}
+    module = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    for model in (tree, module):
+        with pytest.warns(UserWarning, match="rule 'u_p' decides for no layer"):
+            qjax.fake_quant(model, recipe)

@@ -73,3 +73,15 @@ def test_bad_shapes_are_named() -> None:
         form.fake_quantize(jnp.ones((6, 64)), form_of("w4a16-g32"))
     with pytest.raises(ValueError, match="w: group size 7 does not divide 64"):
         form.fake_quantize(jnp.ones((64, 6)), form_of("w4a16-g7"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_nan_stays_where_training_would_look_healthy_without_it(scheme, learned) -> None:
+    w = jax.random.normal(jax.random.key(0), (64, 6))
+    wanted = form_of(scheme)
+    grid = None
+    if learned and "mx" not in scheme:
+        grid = form.starting_grid(form.quantize(w, wanted))
+    value = jax.jit(lambda w: form.fake_quantize(w, wanted, grid))(w.at[5, 2].set(jnp.nan))
+    assert jnp.isnan(value[5, 2])

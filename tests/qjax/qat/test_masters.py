@@ -152,6 +152,31 @@ def test_layers_freeze_one_after_the_other() -> None:
     assert [m["down"] for m in moved] == [True, True, True, False, False]
 
 
+def test_one_bad_gradient_shows_in_the_parameters() -> None:
+    tx = qjax.straight_through(optax.adam(1e-2), SCHEME)
+    state, now = tx.init(params()), qjax.on_grid(params(), SCHEME)
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), now)
+    updates, state = jax.jit(tx.update)(gradients, state, now)
+    now = optax.apply_updates(now, updates)
+    assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(now))
+
+
+def test_every_master_is_float32() -> None:
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params())
+    state = qjax.straight_through(optax.adam(1e-2), SCHEME).init(narrow)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(qjax.masters(state))} == {"float32"}
+
+
+def test_stages_tighten_the_same_layers() -> None:
+    one = qjax.Recipe.from_json([["down", None], ["up", "w2a16-channel"]])
+    for later, match in {
+        "w8a16-channel": "down: 4 bits before step 3 and 8 bits from then on",
+        one: "down: 4 bits before step 3 and not quantized from then on",
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            qjax.straight_through(optax.sgd(1.0), [(0, SCHEME), (3, later)]).init(params())
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="stages begin at step 0 and follow one another"):
         qjax.straight_through(optax.sgd(1.0), [(5, SCHEME)])
