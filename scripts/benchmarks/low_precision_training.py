@@ -49,7 +49,6 @@ from shipped_model_training.optimizer import make_optimizer, schedule_factor
 from shipped_model_training.settings import ModelShape, TrainingSettings
 from shipped_model_training.windows import training_windows
 
-ADAM_RATE = 1e-3
 HELD_OUT_BATCHES = 4
 TINY_SHAPE = ModelShape(
     vocab_size=256, hidden_size=32, num_layers=3, mlp_size=64, num_heads=2, num_kv_heads=1, head_size=16
@@ -75,6 +74,7 @@ class Variant:
       plain: pattern of the layers that stay in the computing dtype beside FP8 ones.
       dtype: computing dtype.
       optimizer: muon, adam or adam-8bit.
+      adam_rate: highest learning rate of the last two.
     """
 
     name: str
@@ -83,6 +83,7 @@ class Variant:
     plain: str | None = None
     dtype: str = "bfloat16"
     optimizer: str = "muon"
+    adam_rate: float = 1e-3
 
 
 VARIANTS = (
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=1, help="loss: how many, each a run of its own"
     )
+    parser.add_argument("--adam-rate", type=float, default=1e-3, help="loss: Adam's highest (1e-3)")
     parser.add_argument("--only", nargs="+", choices=[v.name for v in VARIANTS])
     parser.add_argument("--layers", type=int, default=4, help="step")
     parser.add_argument("--batch", type=int, default=4, help="step: windows of --length tokens")
@@ -144,6 +146,7 @@ def losses(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for variant in VARIANTS:
         if args.only and variant.name not in args.only:
             continue
+        variant = replace(variant, adam_rate=args.adam_rate)
         row = rows[variant.name] = trained(variant, shape, settings, on_device, args)
         if base := rows.get(variant.baseline):
             for name in ("loss", "of_weights"):
@@ -237,8 +240,8 @@ def _parts(
     structure = jax.tree.structure(of_params)
     optimizer = {
         "muon": make_optimizer(settings),
-        "adam": _clipped(optax.adam(ADAM_RATE, b2=0.95)),
-        "adam-8bit": _clipped(adamw_8bit(ADAM_RATE, b2=0.95, weight_decay=0.0)),
+        "adam": _clipped(optax.adam(variant.adam_rate, b2=0.95)),
+        "adam-8bit": _clipped(adamw_8bit(variant.adam_rate, b2=0.95, weight_decay=0.0)),
     }[variant.optimizer]
     if variant.dtype == "float16":
         optimizer = dynamic_loss_scaling(optimizer, growth_interval=200)
