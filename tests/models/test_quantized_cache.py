@@ -116,8 +116,13 @@ def test_scales_and_logits_written_out(family):
     near_by_hand(model, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scheme", kv_cache.DYNAMIC)
+@pytest.mark.parametrize(
+    ("scheme", "family"),
+    [
+        *((scheme, "llama") for scheme in kv_cache.DYNAMIC),
+        *(("kv-int4", name) for name in FAMILIES),
+    ],
+)
 def test_dynamic_schemes_written_out(scheme, family):
     model = decoder(family).with_kv_cache(scheme)
     assert not kv_cache.scales_of(model)
@@ -133,8 +138,10 @@ def near_by_hand(model: Decoder, expected: jax.Array) -> None:
     assert np.median(np.abs(logits - expected)) < 1e-5 * float(jnp.abs(expected).max())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("scheme", kv_cache.SCHEMES)
+@pytest.mark.parametrize(
+    ("scheme", "family"),
+    [*((scheme, "llama") for scheme in kv_cache.SCHEMES), (KV, "gemma2"), ("kv-int4", "gemma2")],
+)
 def test_token_by_token_gives_what_the_whole_sequence_does(scheme, family):
     model = calibrated(decoder(family)) if scheme == KV else decoder(family).with_kv_cache(scheme)
     whole = model.hidden(SEQUENCES)
