@@ -19,6 +19,11 @@ from qjax_checkpoints.safetensors_file import SafetensorsFile, TensorEntry, open
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What makes a model and its tokenizer; in qjax's own directory (orbax_directory) arrays as well.
+_MODEL_FILES = ("*.safetensors", "*.json", "tokenizer*", "vocab*", "merges.txt", "chat_template*")
+_QJAX_FILE, _QJAX_ARRAYS = "qjax.json", "arrays"
+# What is read of a file for its fingerprint, in bytes: all of a small one, pieces of a larger one.
+_READ_WHOLE, _PIECE, _PIECES = 2**20, 2**16, 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,17 +102,44 @@ def check_directory(path: Path) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """The files of a directory by size and time: reading them all again would take minutes.
+    """The files that make a model, by name, size and content: a copy has the same, wherever it lies.
+
+    Those are the weights, the JSON files and the tokenizer's at the top of the directory, and the arrays
+    of one of qjax's own. Of a file above 1 MiB pieces are read, the first and the last among them: all
+    of it would take minutes. Other weights differ in each piece, but a change of a few tensors may lie
+    between two, and is not seen then. Nor is what lies in other folders and in other files.
 
     Raises:
         ValueError: it is no model directory.
     """
     check_directory(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    config = (path / CONFIG_FILE).read_bytes()
-    digest = hashlib.sha256(repr(seen).encode() + config).hexdigest()[:12]
-    return f"{len(seen)} files of {sum(size for _, size, _ in seen)} bytes ({digest})"
+    digest, total = hashlib.sha256(), 0
+    files = _files_of_the_model(path)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()}\n{size}\n".encode())
+        for piece in _pieces(file, size):
+            digest.update(piece)
+        total += size
+    return f"{len(files)} files of {total} bytes ({digest.hexdigest()[:12]})"
+
+
+def _files_of_the_model(path: Path) -> list[Path]:
+    found = {file for pattern in _MODEL_FILES for file in path.glob(pattern)}
+    if (path / _QJAX_FILE).is_file():
+        found |= set((path / _QJAX_ARRAYS).rglob("*"))
+    return sorted(file for file in found if file.is_file())
+
+
+def _pieces(file: Path, size: int) -> Iterator[bytes]:
+    """All of a small file; of a larger one pieces at even distances, from its first byte to its last."""
+    with file.open("rb") as opened:
+        if size <= _READ_WHOLE:
+            yield opened.read()
+            return
+        for i in range(_PIECES):
+            opened.seek((size - _PIECE) * i // (_PIECES - 1))
+            yield opened.read(_PIECE)
 
 
 def _indexed_files(path: Path) -> dict[str, SafetensorsFile]:

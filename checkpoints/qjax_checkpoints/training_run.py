@@ -20,6 +20,8 @@ from jaxtyping import PyTree
 
 from qjax_checkpoints.json_file import read_json
 
+_CHECKPOINTS = "checkpoints"
+
 
 class TrainingRun:
     """A folder that belongs to one run.
@@ -34,7 +36,7 @@ class TrainingRun:
         self.path = path
         self._header = ",".join(columns)
         self._checkpoints = ocp.CheckpointManager(
-            (path / "checkpoints").absolute(),
+            (path / _CHECKPOINTS).absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
         )
 
@@ -51,15 +53,12 @@ class TrainingRun:
             resume: whether the folder must hold a run of this description.
 
         Raises:
-            ValueError: a new run would overwrite one, there is none to resume, or it was begun with
-                another description; the message says in what.
+            ValueError: a new run would overwrite one or go on from what another has left, there is none
+                to resume, or it was begun with another description; the message says in what.
         """
         file = self.path / "run.json"
         if not resume:
-            if file.exists():
-                raise ValueError(
-                    f"{self.path}: holds a run already: --resume it or name another folder"
-                )
+            self._check_new()
             _write(file, json.dumps(description, indent=2) + "\n")
             return
         begun, wanted = self.description(), json.loads(json.dumps(description))
@@ -69,6 +68,23 @@ class TrainingRun:
                 f"{key} {_short(begun.get(key))}, not {_short(wanted.get(key))}" for key in changed
             )
             raise ValueError(f"{file}: the run was begun with another {', '.join(changed)}: {told}")
+
+    def _check_new(self) -> None:
+        """Refuses a folder that has been a run's: checkpoints do not say whose they are."""
+        if self.has_begun:
+            raise ValueError(
+                f"{self.path}: holds a run already: --resume it, choose another output, or remove the "
+                "whole folder"
+            )
+        # Hidden files are of writing that was killed; the manager makes its folder itself.
+        left = {file.name for file in self.path.iterdir() if not file.name.startswith(".")}
+        if not any((self.path / _CHECKPOINTS).iterdir()):
+            left.discard(_CHECKPOINTS)
+        if left:
+            raise ValueError(
+                f"{self.path}: holds {', '.join(sorted(left))} of a run that cannot be told (run.json is "
+                "gone): choose another output, or remove the whole folder"
+            )
 
     def description(self) -> dict[str, Any]:
         """Returns what `run.json` holds.
@@ -111,26 +127,44 @@ class TrainingRun:
             The state, and the notes that were saved with it.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it cannot be read: which it is, and which is the one before.
         """
-        step = self._checkpoints.latest_step()
+        step = self.step
         if step is None:
             raise ValueError(f"{self.path}: holds no checkpoint")
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restored = self._checkpoints.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
-            ),
-        )
+        try:
+            restored = self._checkpoints.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise many kinds, plain Exception too
+            raise ValueError(self._why_unreadable(step, error)) from error
         return restored["state"], restored["progress"]
+
+    def _why_unreadable(self, step: int, error: Exception) -> str:
+        before = [other for other in self._checkpoints.all_steps() if other < step]
+        then = f"step {max(before)}" if before else "the start"
+        first = str(error).strip().partition("\n")[0].partition(". See full")[0][:200]
+        # Removing it is left to the user: what fails may be the disk or the memory of this moment.
+        return (
+            f"{self.path / _CHECKPOINTS / str(step)}: this checkpoint cannot be read "
+            f"({first or type(error).__name__}); if it is damaged, remove it, and --resume goes on from "
+            f"{then}"
+        )
 
     def close(self) -> None:
         """Waits until the last checkpoint is on the disk."""
         self._checkpoints.close()
 
     def rewind_log(self, step: int) -> None:
-        """Keeps the rows of the first so many steps, and those only."""
+        """Keeps the rows of the first so many steps, and those only.
+
+        Raises:
+            ValueError: as `log_rows` does.
+        """
         rows = [row for row in self.log_rows() if int(row.split(",", 1)[0]) < step]
         _write(self._log, "\n".join([self._header, *rows]) + "\n")
 
@@ -140,8 +174,30 @@ class TrainingRun:
             file.write("".join(f"{row}\n" for row in rows))
 
     def log_rows(self) -> list[str]:
-        """Returns the rows behind the header."""
-        return self._log.read_text().splitlines()[1:] if self._log.exists() else []
+        """Returns the rows behind the header; a last one that was not written to its end is none.
+
+        Raises:
+            ValueError: the header or a row is damaged.
+        """
+        if not self._log.exists():
+            return []
+        lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        for number, line in enumerate(lines, 1):
+            if not (self._is_row(line) if number > 1 else line == self._header):
+                right = f"numbers: {self._header}" if number > 1 else self._header
+                raise ValueError(
+                    f"{self._log}: line {number} is {_short(line)}, and should be {right}; mend it, or "
+                    "remove the file, which training goes on without"
+                )
+        return lines[1:]
+
+    def _is_row(self, line: str) -> bool:
+        step, *values = line.split(",")
+        try:
+            numbers = [int(step), *map(float, values)]
+        except ValueError:
+            return False
+        return len(numbers) == 1 + self._header.count(",")
 
     @property
     def _log(self) -> Path:

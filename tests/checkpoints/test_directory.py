@@ -2,12 +2,16 @@
 """Model directories: whole ones, and each way of being incomplete with its one line."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from qjax_checkpoints.directory import open_directory
+from qjax_checkpoints.directory import fingerprint, open_directory
+from qjax_checkpoints.load import load
+from qjax_checkpoints.save import save
 
 
 @pytest.fixture
@@ -103,3 +107,51 @@ def test_index_names_an_absent_tensor(sharded):
 def test_index_without_a_map(sharded, weight_map):
     write_index(sharded, weight_map)
     assert "needs a weight_map" in message(sharded)
+
+
+def flip(file, place):
+    """Changes one byte, and neither the size of the file nor its time."""
+    times = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        byte = opened.read(1)[0]
+        opened.seek(place)
+        opened.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_fingerprint_is_of_what_makes_the_model(sharded, tmp_path_factory):
+    (sharded / "tokenizer.json").write_text("{}")
+    before = fingerprint(sharded)
+    copied = tmp_path_factory.mktemp("elsewhere") / "copied"
+    shutil.copytree(sharded, copied, copy_function=shutil.copyfile)  # with times of its own
+    os.utime(sharded / "config.json")
+    (sharded / "README.md").write_text("about it")
+    (sharded / "out.training").mkdir()
+    (sharded / "out.training" / "run.json").write_text("{}")
+    assert fingerprint(copied) == fingerprint(sharded) == before
+    assert before.startswith("5 files of ")
+    (sharded / "tokenizer.json").write_text("[]")
+    assert fingerprint(sharded) != before
+
+
+def test_other_weights_of_the_same_size_and_time_have_another_fingerprint(sharded):
+    small, large = (sharded / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    size = 5 * 2**20
+    with large.open("ab") as file:
+        file.write(bytes(size - large.stat().st_size))
+    seen = {fingerprint(sharded)}
+    for file, place in ((small, -1), (large, 0), (large, size // 3), (large, size - 1)):
+        flip(file, place % file.stat().st_size)
+        seen.add(fingerprint(sharded))
+    assert len(seen) == 5
+
+
+def test_a_fingerprint_has_the_arrays_of_a_directory_of_qjax(tiny_llama, tmp_path):
+    source = load(tiny_llama()[0])
+    save(source.model, source, tmp_path / "out", "orbax")
+    arrays = [file for file in (tmp_path / "out" / "arrays").rglob("*") if file.is_file()]
+    before = fingerprint(tmp_path / "out")
+    assert before.startswith(f"{len(arrays) + 2} files of ")  # and config.json, qjax.json
+    flip(max(arrays, key=lambda file: file.stat().st_size), 100)
+    assert fingerprint(tmp_path / "out") != before

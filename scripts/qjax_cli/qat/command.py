@@ -38,6 +38,7 @@ from qjax.report import LayerReport, QuantizationReport
 from qjax.scheme import SUPPORTED
 from qjax_checkpoints.atomic import check_writable
 from qjax_checkpoints.checkpoint import Checkpoint
+from qjax_checkpoints.compressed_tensors.write import check_nothing_online
 from qjax_checkpoints.directory import fingerprint
 from qjax_checkpoints.load import load
 from qjax_checkpoints.save import check_format, save
@@ -46,7 +47,7 @@ from qjax_cli import text
 from qjax_cli.arguments import number, scheme, whole_number
 from qjax_cli.console import Console
 from qjax_cli.qat.loop import LOG_COLUMNS, train
-from qjax_models import Decoder, blockwise
+from qjax_models import Decoder, DecoderConfig, blockwise
 
 _DEFAULTS = Settings(steps=1, distillation=0.0)
 _CALIBRATION = 64  # windows that the start is calibrated on, at most
@@ -123,19 +124,19 @@ def run(args: argparse.Namespace, console: Console) -> None:
     check_writable(args.output)
     recipe, settings = qjax.Recipe.uniform(args.scheme), _settings(args)
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    source = load(args.source)
+    source = _loaded(args.source, console)
     _check(args, source, recipe)
-    tokens = text.windows_to_train_on(
-        args.text, args.source, source.model.config.vocab_size, length=args.seq_len
-    )
-    teacher = _teacher(args, source, dtype) if settings.distillation else None
+    begun = None if args.start is None else _begun(args, source, recipe, dtype, console)
+    tokens = _tokens(args, source.model.config)
+    teacher = _teacher(args, source, tokens, dtype, console) if settings.distillation else None
     description = _description(args, settings, tokens, dtype)
     folder = args.output.absolute().parent / f"{args.output.name}.training"
     training = TrainingRun(folder, LOG_COLUMNS)
     training.begin(description, args.resume and training.has_begun)
     start = args.start or _quantized(source, tokens, recipe, folder / "start", console)
-    model = trainable(load(start, dtype).model, learned=args.method == "lsq")
-    trainer = Trainer(model, settings, teacher)
+    if begun is None:
+        begun = trainable(load(start, dtype).model, learned=args.method == "lsq")
+    trainer = Trainer(begun, settings, teacher)
     state, summary = train(
         trainer, training, tokens, checkpoint_every=args.checkpoint_every, console=console
     )
@@ -154,6 +155,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
         f"{args.output}: {summary['steps']} steps of {settings.batch * tokens.shape[1]} tokens{told}; "
         f"{summary['seconds']:.1f} s",
     )
+
+
+def _loaded(path: Path, console: Console, dtype: Any = None) -> Checkpoint:
+    """Loads a directory and tells what in it was read with a difference."""
+    checkpoint = load(path, dtype)
+    for line in checkpoint.notes:
+        console.note(f"{path}: {line}")
+    return checkpoint
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -198,14 +207,26 @@ def _check(args: argparse.Namespace, source: Checkpoint, recipe: qjax.Recipe) ->
             f"{args.scheme.name} has scales that are powers of two, which no small step moves: "
             "--method ste trains weights alone"
         )
-    if args.start is not None:
-        _check_start(args.start, load(args.start).model, source.model, recipe)
+
+
+def _begun(
+    args: argparse.Namespace, source: Checkpoint, recipe: qjax.Recipe, dtype: Any, console: Console
+) -> Decoder:
+    """The model of --start, ready to train: whether it is that and can is known before there is a run."""
+    start = _loaded(args.start, console, dtype).model
+    _check_start(args.start, start, source.model, recipe)
+    try:
+        if args.format == "compressed-tensors":
+            check_nothing_online(start)
+        return trainable(start, learned=args.method == "lsq")
+    except ValueError as error:
+        raise ValueError(f"{args.start}: {error}") from error
 
 
 def _check_start(path: Path, start: Decoder, source: Decoder, recipe: qjax.Recipe) -> None:
     ours, theirs = (dataclasses.asdict(model.config) for model in (source, start))
-    # A rotated start has a head of its own, and is the same model.
-    names = ours.keys() - {"tied_embeddings"}
+    # A rotated start has a head of its own, may turn inputs at run time, and is the same model.
+    names = ours.keys() - {"tied_embeddings", "online_hadamard"}
     different = sorted(name for name in names if ours[name] != theirs[name])
     if different:
         name = different[0]
@@ -222,8 +243,32 @@ def _check_start(path: Path, start: Decoder, source: Decoder, recipe: qjax.Recip
             )
 
 
-def _teacher(args: argparse.Namespace, source: Checkpoint, dtype: Any) -> Decoder:
-    teacher = load(args.teacher, dtype).model
+def _tokens(args: argparse.Namespace, config: DecoderConfig) -> Int[np.ndarray, "n length"]:
+    """The windows to train on."""
+    tokens = text.windows_to_train_on(
+        args.text, args.source, config.vocab_size, length=args.seq_len
+    )
+    _check_length(tokens, config, "the model")
+    return tokens
+
+
+def _check_length(tokens: Int[np.ndarray, "n length"], config: DecoderConfig, whose: str) -> None:
+    if tokens.shape[1] > config.max_positions:
+        raise ValueError(
+            f"windows of {tokens.shape[1]} tokens go beyond the {config.max_positions} that {whose} "
+            f"was made for; --seq-len {config.max_positions} would do"
+        )
+
+
+def _teacher(
+    args: argparse.Namespace,
+    source: Checkpoint,
+    tokens: Int[np.ndarray, "n length"],
+    dtype: Any,
+    console: Console,
+) -> Decoder:
+    teacher = _loaded(args.teacher, console, dtype).model
+    _check_length(tokens, teacher.config, f"the teacher {args.teacher}")
     theirs, ours = teacher.config.vocab_size, source.model.config.vocab_size
     if theirs != ours:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from qjax.qat import windows
 from qjax.qat.training import State, Trainer
@@ -41,7 +41,7 @@ def train(
       The last state, and in plain types how the training went.
 
     Raises:
-      ValueError: the loss is not finite. Checkpoints are taken only of what was seen to be.
+      ValueError: a loss or the weights are not finite. Checkpoints are taken only of what was seen to be.
     """
     settings, state, done, seconds = trainer.settings, trainer.start(), 0, 0.0
     if run.step is not None:
@@ -59,12 +59,13 @@ def train(
                 batch = windows.batch(tokens, step, settings.batch, settings.seed)
                 state, loss = trainer.step(state, batch)
                 losses.append(loss)
-            loss = float(jnp.mean(jnp.stack(losses)))
+            losses = np.asarray(jnp.stack(losses))
             took = time.perf_counter() - begun
             seconds += took
             due = done == total or done % checkpoint_every == 0
-            if not math.isfinite(loss) or (due and not _is_finite(state)):
-                raise ValueError(_not_finite(loss, done, run))
+            if not np.isfinite(losses).all() or (due and not _is_finite(state)):
+                raise ValueError(_not_finite(losses, before, run))
+            loss = float(losses.mean())
             run.append_log([f"{done - 1},{loss!r},{seconds:.3f}"])
             rate = (done - before) * size / took
             bar.reach(done, f"training: loss {loss:.4f}, {rate / 1000:.1f} k tokens/s")
@@ -77,12 +78,22 @@ def _is_finite(state: State) -> bool:
     return math.isfinite(float(optax.tree.norm(state.parameters)))
 
 
-def _not_finite(loss: float, done: int, run: TrainingRun) -> str:
+def _not_finite(losses: Float[np.ndarray, " steps"], before: int, run: TrainingRun) -> str:
+    """What was not finite first, in steps whose losses are given; `before` of them had been taken."""
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if bad.size:
+        what = f"the loss of step {before + bad[0]} (the first is 0) is {losses[bad[0]]:g}"
+    else:
+        last = before + len(losses) - 1
+        what = (
+            f"the norm of the weights is not finite after step {last} (the first is 0), which every "
+            f"loss was until then, {losses[-1]:.4g} the last"
+        )
     kept = "it has no checkpoint yet"
     if run.step is not None:
         kept = f"its checkpoint of step {run.step} is whole"
     return (
-        f"{run.path}: loss or weights are not finite behind step {done} (loss {loss:.4g}); {kept}; "
+        f"{run.path}: {what}; {kept}; "
         "without this folder the command begins anew, with a smaller --rate perhaps"
     )
 

@@ -9,12 +9,17 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from qjax import nnx_layers, qtensor
+from qjax.qat.training import Settings, State, Trainer
 from qjax_checkpoints import load
+from qjax_checkpoints.training_run import TrainingRun
+from qjax_cli.console import Console
+from qjax_cli.qat.loop import LOG_COLUMNS, train
 
 pytestmark = pytest.mark.one_version  # whole commands; the parts have tests of their own
 
@@ -116,7 +121,10 @@ def test_killed_and_resumed_it_goes_the_same_way(qjax, source, tmp_path, argumen
             "model/layers/0/mlp/down_proj is w4a16-g32, but --scheme asks for w4a16-g64",
         ),
         (("--scheme", "w4a16-g48"), "group size 48 does not divide"),
-        (("--rate", 1e30, "--steps", 10), "without this folder the command begins anew"),
+        (
+            ("--rate", 1e30, "--steps", 10),
+            " (the first is 0) is nan; it has no checkpoint yet; without this folder the command begins",
+        ),
     ],
 )
 def test_bad_input(qjax, source, tmp_path, arguments, more, line):
@@ -124,6 +132,128 @@ def test_bad_input(qjax, source, tmp_path, arguments, more, line):
     done = qjax("qat", source, out, *arguments, *more)
     assert done.status == 1 and done.err.count("\n") == 1 and line in done.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "line"),
+    [
+        ([2.0, 1.5, 1.0], 1.0, None),
+        ([2.0, 1.5, 1.0, np.nan, np.inf], 1.0, "the loss of step 3 (the first is 0) is nan"),
+        (
+            [2.0, 1.5, 1.0, 0.5, 0.25],
+            np.inf,
+            "the norm of the weights is not finite after step 4 (the first is 0), which every loss was "
+            "until then, 0.25 the last",
+        ),
+    ],
+)
+def test_what_was_not_finite_first_is_said(tmp_path, losses, norm, line):
+    class Scripted(Trainer):
+        def __init__(self):
+            self.settings = Settings(steps=len(losses), batch=1, distillation=0.0)
+
+        def start(self):
+            return State({"w": jnp.ones(1)}, (), jnp.int32(0))
+
+        def step(self, state, tokens):
+            done = int(state.step) + 1
+            w = norm if done > 3 else 1.0
+            return State({"w": jnp.full(1, w)}, (), jnp.int32(done)), jnp.float32(losses[done - 1])
+
+    begun = TrainingRun(tmp_path / "run", LOG_COLUMNS)
+    begun.begin({}, resume=False)
+    tokens, console = np.zeros((4, 8), np.int32), Console(json_only=True)
+    if line is None:
+        assert (
+            train(Scripted(), begun, tokens, checkpoint_every=3, console=console)[1]["steps"] == 3
+        )
+        return
+    with pytest.raises(ValueError) as caught:
+        train(Scripted(), begun, tokens, checkpoint_every=3, console=console)
+    assert f"run: {line}; its checkpoint of step 3 is whole; without" in str(caught.value)
+
+
+def test_a_start_that_cannot_train_leaves_no_run(qjax, source, tmp_path, arguments):
+    recipe = [["model/embed_tokens", "w8a16-channel"], [".*", "w4a16-g32"]]
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    made = ("quantize", source, tmp_path / "tables", "--recipe", tmp_path / "recipe.json")
+    assert qjax(*made, "--format", "orbax").status == 0
+    done = qjax("qat", source, tmp_path / "out", *arguments, "--start", tmp_path / "tables")
+    assert done.status == 1 and done.err.count("\n") == 1
+    assert f"{tmp_path / 'tables'}: model/embed_tokens: a table of embeddings" in done.err
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_windows_are_not_longer_than_the_model_takes(qjax, source, tmp_path, tokens, arguments):
+    def with_positions(path, positions):
+        shutil.copytree(source, path)
+        config = json.loads((source / "config.json").read_text())
+        (path / "config.json").write_text(
+            json.dumps(config | {"max_position_embeddings": positions})
+        )
+        return path
+
+    short = with_positions(tmp_path / "short", 32)
+    line = "windows of 33 tokens go beyond the 32 that {} was made for; --seq-len 32 would do"
+    exact = with_positions(tmp_path / "exact", 33)
+    for src, more, said in (
+        (short, (), line.format("the model")),
+        (source, ("--teacher", short), line.format(f"the teacher {short}")),
+        # Windows of a token file may be shorter than what was asked for: on to what is checked next.
+        (exact, ("--seq-len", 1000, "--teacher", tmp_path / "none"), "no such directory"),
+    ):
+        start = tmp_path / f"start of {src.name}"
+        assert qjax("quantize", src, start, "--scheme", "w4a16-g32").status == 0
+        done = qjax("qat", src, tmp_path / "out", *arguments, "--start", start, *more)
+        assert done.status == 1 and done.err.endswith(f": {said}\n"), done.err
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_a_start_that_turns_inputs_at_run_time_trains(qjax, source, tmp_path, tokens):
+    out, begin = tmp_path / "out", tmp_path / "begin"
+    made = qjax(
+        "quantize",
+        source,
+        begin,
+        "--scheme",
+        "w4a4-g32",
+        "--method",
+        "rotation",
+        "--format",
+        "orbax",
+    )
+    assert made.status == 0, made.err
+    common = (
+        "qat", source, out, "--scheme", "w4a4-g32", "--start", begin, "--text", tokens, "--seq-len", 33,
+        "--batch", 4, "--steps", 30, "--rate", 0.2,
+    )  # fmt: skip
+    done = qjax(*common)  # known before there is a run
+    assert done.status == 1 and done.err.count("\n") == 1
+    assert (
+        f"{begin}: rotated for activations of 4 bits" in done.err and "--format orbax" in done.err
+    )
+    assert not (tmp_path / "out.training").exists()
+    done = qjax(*common, "--format", "orbax")
+    assert done.status == 0, done.err
+    assert load(out).model.config.online_hadamard
+    worth = [
+        json.loads(qjax("eval", path, "--tokens", tokens, "--json").out)["nll"]
+        for path in (out, begin)
+    ]
+    assert worth[0] < worth[1] - 0.5
+
+
+def test_what_was_read_with_a_difference_is_told(qjax, source, tmp_path, arguments):
+    start = arguments[arguments.index("--start") + 1]
+    config = json.loads((start / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "int"}
+    (start / "config.json").write_text(json.dumps(config))
+    teacher = tmp_path / "teacher"
+    shutil.copytree(start, teacher)
+    done = qjax("qat", source, tmp_path / "out", *arguments, "--steps", 1, "--teacher", teacher)
+    assert done.status == 0, done.err
+    note = "kv_cache_scheme is not used: the cache stays unquantized; only static e4m3 is read"
+    assert done.err.splitlines() == [f"{start}: {note}", f"{teacher}: {note}"]
 
 
 def test_other_models(qjax, source, tmp_path, tokens, arguments):
