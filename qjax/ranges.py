@@ -76,6 +76,7 @@ def find_grid(
     search: RangeSearch,
     hessian: Float[Array, "k k"] | None = None,
     dtype: Any = None,
+    arithmetic: Any = jnp.float32,
 ) -> Grid:
     """Chooses the scale and zero of each tile.
 
@@ -87,6 +88,8 @@ def find_grid(
       hessian: of the inputs of a ``[k, n]`` weight with tiles of inputs, for the output search; without
         it, and for other tiles, every input counts alike.
       dtype: of float scales; None: the weight's.
+      arithmetic: what each step to an asymmetric scale and zero is rounded to; compressed-tensors takes
+        the weight's dtype.
 
     Returns:
       One entry a tile.
@@ -95,7 +98,8 @@ def find_grid(
     tensor_scale = _tensor_scale(low, high, scheme)
 
     def shrunk(shrink):
-        return _grid(low * shrink, high * shrink, scheme, dtype or w.dtype, tensor_scale)
+        ends = low * shrink, high * shrink
+        return _grid(*ends, scheme, dtype or w.dtype, tensor_scale, arithmetic)
 
     if search.method == "mse":
         return shrunk(
@@ -183,12 +187,15 @@ def _grid(
     scheme: WeightScheme,
     dtype: Any,
     tensor_scale: Float[Array, ""] | None,
+    arithmetic: Any,
 ) -> Grid:
     fmt = scheme.format
     if not scheme.symmetric:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)  # zero itself must have a code
-        scale = _never_zero(_divided(high - low, fmt.high - fmt.low), dtype, high - low)
-        zero = jnp.round(fmt.low - low / scale.astype(jnp.float32))
+        reach = formats.nearest(high - low, arithmetic)
+        scale = _never_zero(_divided(reach, fmt.high - fmt.low), dtype, reach)
+        below = formats.nearest(low / scale.astype(jnp.float32), arithmetic)
+        zero = jnp.round(formats.nearest(fmt.low - below, arithmetic))
         return Grid(scale, jnp.clip(zero, fmt.low, fmt.high).astype(jnp.int8), None)
     absmax = jnp.maximum(-low, high)
     if tensor_scale is not None:

@@ -73,8 +73,8 @@ class Options:
         have become when the first input of the tile is reached, as in the paper. The second is for
         groups and channels, in an order that takes the inputs of a group one after the other.
       exact_peer: to round as llm-compressor 0.14 does: the rounded weight that an error is measured
-        from is itself rounded to the weight's dtype, and inputs that calibration never saw other than
-        zero lose their weights.
+        from is itself rounded to the weight's dtype, and so is each step to an asymmetric scale and
+        zero; inputs that calibration never saw other than zero lose their weights.
     """
 
     damping: float = 0.01
@@ -329,7 +329,7 @@ def _quantize(
     # The kernel does not round what codes stand for.
     nearest = Nearest(fmt=weights.format, dtype=dtype, kernel=kernel and dtype == jnp.float32)
     if options.grids == "original":
-        grid = ranges.find_grid(w, weights, tile, search, factor.hessian)
+        grid = ranges.find_grid(w, weights, tile, search, factor.hessian, arithmetic=dtype)
         step, zero = (leaf[factor.order] for leaf in _steps(grid, w.shape, tile, axes))
         steps = Steps(filled(step, BLOCK, 1.0), filled(zero, BLOCK, 0.0))
 
@@ -345,7 +345,9 @@ def _quantize(
         def updated(start: Int[Array, ""], rows: Float[Array, "b n"]) -> tuple[Steps, Grid]:
             members = lax.dynamic_slice_in_dim(factor.order, start, size)
             hessian = factor.hessian[members][:, members]
-            grid = ranges.find_grid(rows.astype(w.dtype), weights, (size, 1), search, hessian)
+            grid = ranges.find_grid(
+                rows.astype(w.dtype), weights, (size, 1), search, hessian, arithmetic=dtype
+            )
             return _steps(grid, rows.shape, (size, 1), (-2,)), grid
 
         codes, grids = rounded(rows[factor.order], factor.upper, size, updated, nearest)
