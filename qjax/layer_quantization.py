@@ -165,7 +165,9 @@ def _quantize(
     if inputs is not None and method.rounding is not None:
         factor = inputs.factor(method.rounding, scheme.weights.group_size)
         q = gptq.quantize(w, scheme, factor, options=method.rounding, **common)
-        noted = {"damping": float(factor.damping)}
+        damping = float(factor.damping)
+        doublings = round(math.log2(damping / method.rounding.damping))
+        noted = {"damping": damping, "damping_raised": doublings}
     elif inputs is not None and method.outliers is not None:
         chosen = llm_int8.choose(inputs.statistics.absmax, method.outliers)
         q = llm_int8.quantize(w, scheme, chosen.columns, hessian=hessian, **common)

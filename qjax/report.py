@@ -24,6 +24,7 @@ class LayerReport:
       reason: why it was left as it is, or whose weight it shares; empty otherwise.
       saturated: infinite weights, which took the ends of their tiles' ranges.
       damping: share of the mean that was added to the Hessian's diagonal; None without a Hessian.
+      damping_raised: how often that was doubled until the Hessian could be factorized.
       calibration_rows: tokens that the layer saw in calibration, of experts those that were routed to it;
         None without any.
       fallback: what was done because they were too few; empty otherwise.
@@ -44,6 +45,7 @@ class LayerReport:
     reason: str = ""
     saturated: int = 0
     damping: float | None = None
+    damping_raised: int = 0
     calibration_rows: int | None = None
     outliers: int | None = None
     crowded_out: int = 0
@@ -89,7 +91,19 @@ class QuantizationReport:
         ]
         fallbacks = [f"{layer.path}: {layer.fallback}" for layer in self.layers if layer.fallback]
         alone = [f"{layer.path} stays as it is: {layer.reason}" for layer in self.unquantized]
-        return rules + saturated + self._crowded_out() + fallbacks + alone
+        return rules + saturated + self._damped() + self._crowded_out() + fallbacks + alone
+
+    def _damped(self) -> list[str]:
+        """At most one line: few tokens concern every layer of a width."""
+        raised = [layer for layer in self.layers if layer.damping_raised]
+        if not raised:
+            return []
+        worst = max(raised, key=lambda layer: layer.damping_raised)
+        return [
+            f"{len(raised)} layers needed more damping than asked for: in {worst.path} "
+            f"{worst.damping:.3g} of the mean of the Hessian's diagonal; the more, the nearer to "
+            "rounding to nearest"
+        ]
 
     def _crowded_out(self) -> list[str]:
         """At most one line: in a model of today every layer of one kind may be concerned."""

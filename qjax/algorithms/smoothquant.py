@@ -11,7 +11,9 @@ max|W_j|        ``weights``: of row ``j`` of every weight that multiplies it
 alpha           ``strength``: 0 moves nothing of the activations' spread, 1 all of it
 ==============  ===========================================================================
 
-A channel that was zero in every row, or has no weights, keeps its size.
+A channel that was zero in every row, or has no weights, keeps its size. Beyond the paper values are
+smoothed with o_proj and the half of the MLP without activation with down_proj, and where a scale loses
+more than none does (:mod:`qjax.rescaling`), none is taken.
 
 References:
   Xiao, Lin, Seznec, Wu, Demouth, Han, SmoothQuant: Accurate and Efficient Post-Training Quantization for

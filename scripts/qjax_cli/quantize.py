@@ -57,6 +57,7 @@ from qjax_checkpoints.directory import ModelDirectory
 from qjax_checkpoints.load import load, open_plain
 from qjax_checkpoints.parameters import abstract_plain
 from qjax_checkpoints.save import check_format, save
+from qjax_checkpoints.unfinished import partial_path
 from qjax_cli import budget, text
 from qjax_cli.arguments import scheme, whole_number
 from qjax_cli.console import Console
@@ -144,7 +145,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spill",
         metavar="DIR",
         type=Path,
-        help="keep the activations between two blocks in a file on the disk of DIR, not in memory",
+        help="keep the activations between two blocks in a file on the disk of DIR, not in memory (methods "
+        "that learn take those of one block into memory all the same)",
     )
     parser.add_argument(
         "--resume",
@@ -211,6 +213,13 @@ def _streamed(
         try:
             report = _quantized(args, model, tokens, storage.recipe, how, console, storage)[1]
             storage.complete(_as_json(report, storage.choice) | {"run": identity})
+        except ValueError as error:
+            if storage.has_finished_parts:
+                raise ValueError(
+                    f"{error}; {partial_path(args.output)} keeps what was finished: --resume goes on "
+                    "behind it once the cause is gone; remove it to begin anew"
+                ) from error
+            raise
         except BaseException:
             if storage.has_finished_parts:
                 console.note("what is finished stays; the same command with --resume goes on")

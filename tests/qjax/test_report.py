@@ -41,6 +41,15 @@ def test_one_line_for_all_layers_whose_outliers_are_too_many():
     ]
 
 
+def test_damping_that_was_raised_is_told_in_one_line():
+    layers = [
+        dataclasses.replace(DONE, path=path, damping=0.01 * 2**times, damping_raised=times)
+        for path, times in {"a": 0, "b": 1, "c": 5}.items()
+    ]
+    (line,) = QuantizationReport(layers=tuple(layers), unmatched_rules=()).warnings()
+    assert line.startswith("2 layers needed more damping than asked for: in c 0.32 of the mean of")
+
+
 def test_json():
     read = json.loads(REPORT.dumps(), parse_constant=lambda word: 1 / 0)  # no NaN, no Infinity
     assert read["unmatched_rules"] == [".*down"]
@@ -58,7 +67,7 @@ def test_json():
     assert second["scheme"] is None and second["relative_output_error"] is None
     assert set(first) == {"path", "scheme", "method", "shape", "relative_output_error", "bytes_before",
                           "bytes_after", "seconds", "reason", "saturated", "damping",
-                          "calibration_rows", "outliers", "crowded_out", "fallback", "input_scale"}  # fmt: skip
+                          "damping_raised", "calibration_rows", "outliers", "crowded_out", "fallback", "input_scale"}  # fmt: skip
 
 
 def test_an_empty_report():

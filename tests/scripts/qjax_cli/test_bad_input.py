@@ -449,3 +449,17 @@ def test_calibration_tokens_that_the_model_does_not_know(qjax, source, tmp_path)
     fails(qjax(*base, "--calib", tokens, tmp_path / "text.txt"), "tokens.npy", "alone")
     np.save(tokens, np.zeros((4, 512), np.int32))
     fails(qjax(*base, "--calib", tokens), "512", "256", "--seq-len 256")
+
+
+def test_activations_that_overflow_behind_a_finished_block(qjax, source, tmp_path):
+    weights = weights_of(source)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name].copy()
+    weights[name][0] = 3e38
+    rewrite(source, weights)
+    tokens = np.random.default_rng(0).integers(0, 256, (32, 24)).astype(np.int32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    options = "--scheme", "w8a8-static", "--calib", tmp_path / "tokens.npy"
+    outcome = qjax("quantize", source, tmp_path / "out", *options)
+    fails(outcome, "not finite", ".out.partial", "remove it to begin anew")
+    assert not (tmp_path / "out").exists()
