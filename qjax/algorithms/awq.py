@@ -18,8 +18,8 @@ activations alone, which is what a weight of equal magnitudes gives. Afterwards 
 what costs the product least: :class:`qjax.RangeSearch`, method ``"output"``.
 
 The authors' loss is that of the module that the enlarged channels feed: of attention as a whole, of the
-gated MLP, of a single product where one layer alone is fed. Here it is the block's output, and for a single
-layer with activations as they are the product's own, from its Hessian, which needs no pass.
+gated MLP, of a single product where one layer alone is fed. Here it is the block's output, and for a
+single layer with activations as they are the product's own, from its Hessian, which needs no pass.
 
 References:
   Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan, Han, AWQ: Activation-aware Weight Quantization for

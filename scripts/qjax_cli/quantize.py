@@ -145,8 +145,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spill",
         metavar="DIR",
         type=Path,
-        help="keep the activations between two blocks in a file on the disk of DIR, not in memory (methods "
-        "that learn take those of one block into memory all the same)",
+        help="keep the activations between two blocks in a file on the disk of DIR, not in memory "
+        "(methods that learn take those of one block into memory all the same)",
     )
     parser.add_argument(
         "--resume",
