@@ -19,9 +19,9 @@ from qjax_checkpoints.safetensors_file import SafetensorsFile, TensorEntry, open
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DESCRIPTION_FILE, ARRAYS = "qjax.json", "arrays"  # of one of qjax's own
 # What makes a model and its tokenizer; in qjax's own directory (orbax_directory) arrays as well.
 _MODEL_FILES = ("*.safetensors", "*.json", "tokenizer*", "vocab*", "merges.txt", "chat_template*")
-_QJAX_FILE, _QJAX_ARRAYS = "qjax.json", "arrays"
 # What is read of a file for its fingerprint, in bytes: all of a small one, pieces of a larger one.
 _READ_WHOLE, _PIECE, _PIECES = 2**20, 2**16, 16
 
@@ -126,8 +126,8 @@ def fingerprint(path: Path) -> str:
 
 def _files_of_the_model(path: Path) -> list[Path]:
     found = {file for pattern in _MODEL_FILES for file in path.glob(pattern)}
-    if (path / _QJAX_FILE).is_file():
-        found |= set((path / _QJAX_ARRAYS).rglob("*"))
+    if (path / DESCRIPTION_FILE).is_file():
+        found |= set((path / ARRAYS).rglob("*"))
     return sorted(file for file in found if file.is_file())
 
 

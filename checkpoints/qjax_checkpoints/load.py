@@ -7,8 +7,13 @@ from jax.typing import DTypeLike
 
 from qjax_checkpoints.checkpoint import Checkpoint
 from qjax_checkpoints.compressed_tensors.read import load_compressed
-from qjax_checkpoints.directory import ModelDirectory, check_directory, open_directory
-from qjax_checkpoints.orbax_directory import DESCRIPTION_FILE, load_orbax
+from qjax_checkpoints.directory import (
+    DESCRIPTION_FILE,
+    ModelDirectory,
+    check_directory,
+    open_directory,
+)
+from qjax_checkpoints.orbax_directory import load_orbax
 from qjax_checkpoints.parameters import load_plain
 
 

@@ -30,7 +30,7 @@ from qjax import QTensor, formats, input_order, kv_cache, nnx_layers, outliers
 from qjax.nnx_layers import named_variables
 from qjax.qtensor import plain, unpacked
 from qjax.scheme import ActivationScheme
-from qjax_checkpoints.directory import CONFIG_FILE
+from qjax_checkpoints.directory import ARRAYS, CONFIG_FILE, DESCRIPTION_FILE
 from qjax_checkpoints.json_file import read_json, write_json
 from qjax_checkpoints.parameters import (
     check_found,
@@ -41,8 +41,6 @@ from qjax_checkpoints.parameters import (
 )
 from qjax_models import Decoder
 
-DESCRIPTION_FILE = "qjax.json"
-_ARRAYS = "arrays"
 _VERSION = 1
 _PLAIN = ("codes", "scale", "zero", "tensor_scale")  # of a QTensor; the last two may be absent
 # The input scale is there only if the scheme of activations is static, the order only if it is not that
@@ -71,7 +69,7 @@ def write_orbax(folder: Path, model: Decoder) -> None:
     # In a thread of its own Orbax does not see an interrupt: seeing one, it would leave threads that
     # go on writing while the directory is being removed. Leaving the pool waits for the writing.
     with futures.ThreadPoolExecutor(max_workers=1) as pool:
-        pool.submit(_write_arrays, folder / _ARRAYS, arrays).result()
+        pool.submit(_write_arrays, folder / ARRAYS, arrays).result()
     write_json(folder / DESCRIPTION_FILE, description)
 
 
@@ -107,7 +105,7 @@ def load_orbax(path: Path, dtype: DTypeLike | None) -> tuple[Decoder, dict[str, 
     kv_cache.expect(model)
     variables = named_variables(model)
     _check_parameters(path, parameters, {p: v.get_value().shape for p, v in variables.items()})
-    arrays = _restore(path / _ARRAYS, parameters, dtype, exact=kv_cache.scales_of(model))
+    arrays = _restore(path / ARRAYS, parameters, dtype, exact=kv_cache.scales_of(model))
     layers = dict(nnx_layers.quantizable_layers(model))
     for name, entry in parameters.items():
         value = arrays[name]

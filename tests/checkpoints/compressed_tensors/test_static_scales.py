@@ -12,8 +12,8 @@ from flax import nnx
 from qjax import Method, Recipe, calibrate, quantize_model, quantize_sequentially
 from qjax.nnx_layers import quantized_layers
 from qjax_checkpoints import streaming
+from qjax_checkpoints.directory import DESCRIPTION_FILE
 from qjax_checkpoints.load import load, open_plain
-from qjax_checkpoints.orbax_directory import DESCRIPTION_FILE
 from qjax_checkpoints.parameters import abstract_plain
 from qjax_checkpoints.save import save
 from qjax_models import Decoder, blockwise, join_projections, stack_experts
