@@ -36,6 +36,7 @@ def calibrate(
       The statistics, for :func:`qjax.quantize_model`.
 
     Raises:
+      TypeError: the model is no NNX module.
       ValueError: no batch, a layer that is called twice in a pass, or one that multiplies a batch of
         weights.
 
@@ -45,6 +46,11 @@ def calibrate(
       >>> calibrate(model, [jnp.ones((3, 8)), jnp.zeros((3, 8))])["layers/0"].rows.item()
       6
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"calibration looks at the layers of an nnx.Module, got {type(model).__name__}: in a "
+            "function, or a module of another kind, they cannot be found"
+        )
     graphdef, state = nnx.split(model)
     total = None
     for batch in batches:
