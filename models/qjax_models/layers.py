@@ -133,7 +133,7 @@ class Attention(nnx.Module):
         self.keep_as(config)
 
     def keep_as(self, config: DecoderConfig) -> None:
-        """Keeps keys and values as a configuration says that has nothing else of its own."""
+        """Takes a configuration that differs in `kv_cache` alone; static scales that are there stay."""
         self.config = config
         for name in ("k_scale", "v_scale"):
             if config.has_static_cache and not hasattr(self, name):

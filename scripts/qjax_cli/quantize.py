@@ -356,8 +356,8 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
         )
     if args.kv_cache in kv_cache.DYNAMIC and args.format == "compressed-tensors":
         raise ValueError(
-            f"--kv-cache {args.kv_cache} is nothing that compressed-tensors has a word for: take "
-            f"--format orbax, or give --kv-cache {args.kv_cache} to qjax eval and qjax generate"
+            f"--kv-cache {args.kv_cache}: a compressed-tensors directory cannot say that; take --format "
+            "orbax, or leave it out here and give it to qjax eval and qjax generate"
         )
     if _has_static_cache(args):
         if not args.calib:
