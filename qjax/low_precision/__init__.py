@@ -11,6 +11,7 @@ from qjax.low_precision.fp8_dot_general import einsum as einsum
 from qjax.low_precision.fp8_linen import DelayedDotGeneral as DelayedDotGeneral
 from qjax.low_precision.fp8_nnx import AmaxHistory as AmaxHistory
 from qjax.low_precision.fp8_nnx import DelayedProduct as DelayedProduct
+from qjax.low_precision.fp8_nnx import end_fp8 as end_fp8
 from qjax.low_precision.fp8_nnx import train_in_fp8 as train_in_fp8
 from qjax.low_precision.fp8_nnx import value_and_grad as value_and_grad
 from qjax.low_precision.loss_scaling import DynamicLossScale as DynamicLossScale

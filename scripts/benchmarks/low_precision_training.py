@@ -7,9 +7,11 @@
 ``loss``: the shipped model's configuration from scratch (scripts/shipped_model_training: network, Muon,
 schedule, windows), the same seeds and tokens for each variant: bfloat16; FP8 with current and delayed
 scaling, of all layers and of some; float16 with loss scaling; then Adam and Adam with 8-bit moments, both
-in bfloat16. ``loss`` is the mean of the last 5 % of the steps, in the variant's
-own numbers; ``of_weights`` is that of the weights it ends with, read in bfloat16, on the last tokens,
-which are kept out of training. TOKENS is one row of uint16 or int32, such as `prepare` writes.
+in bfloat16. ``loss`` is the mean of the last 5 % of the steps; ``held_out`` that on 256 windows from
+everywhere in the text that are kept out of training, both in the variant's own numbers; ``of_weights``
+the last read in bfloat16. FP8 runs end twice, from a copy of their state before the last tenth of the
+steps: ``ended_loss`` and ``ended_held_out`` are of the run that ends in bfloat16. TOKENS is one row of
+uint16 or int32, such as `prepare` writes.
 
 ``step``: milliseconds of a whole train step of some Llama layers 4096 wide, in bfloat16 and FP8, and of
 their matrix products alone: what is left bounds the gain. ``--size tiny`` runs either on any machine.
@@ -17,6 +19,7 @@ Prints one JSON object a line, as it is measured.
 """
 
 import argparse
+import collections
 import datetime
 import functools
 import json
@@ -49,7 +52,9 @@ from shipped_model_training.optimizer import make_optimizer, schedule_factor
 from shipped_model_training.settings import ModelShape, TrainingSettings
 from shipped_model_training.windows import training_windows
 
+LOSSES = ("loss", "held_out", "of_weights", "ended_loss", "ended_held_out")
 HELD_OUT_BATCHES = 4
+PLAIN_END = 0.1  # share of the steps at the end of an FP8 run that are done in bfloat16, too
 TINY_SHAPE = ModelShape(
     vocab_size=256, hidden_size=32, num_layers=3, mlp_size=64, num_heads=2, num_kv_heads=1, head_size=16
 )  # fmt: skip
@@ -141,16 +146,19 @@ def losses(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         tokens = np.cumsum(rng.integers(1, 3, 50_000)) % shape.vocab_size
     if tokens.ndim != 1 or tokens.max() >= shape.vocab_size:
         raise SystemExit(f"{args.tokens}: need one row of tokens below {shape.vocab_size}")
-    on_device = jnp.asarray(tokens.astype(np.uint16))
+    if args.steps % settings.steps_per_dispatch:
+        raise SystemExit(f"--steps: a multiple of {settings.steps_per_dispatch}, not {args.steps}")
+    tokens = tokens.astype(np.uint16)
     rows: dict[str, dict[str, Any]] = {}
     for variant in VARIANTS:
         if args.only and variant.name not in args.only:
             continue
         variant = replace(variant, adam_rate=args.adam_rate)
-        row = rows[variant.name] = trained(variant, shape, settings, on_device, args)
+        row = rows[variant.name] = trained(variant, shape, settings, tokens, args)
         if base := rows.get(variant.baseline):
-            for name in ("loss", "of_weights"):
-                ratios = [a / b for a, b in zip(row[name], base[name], strict=True)]
+            for name in (name for name in LOSSES if name in row):
+                its = base[name.removeprefix("ended_")]
+                ratios = [a / b for a, b in zip(row[name], its, strict=True)]
                 row[f"{name}_ratio"] = round(statistics.mean(ratios), 5)
             row["bytes_ratio"] = round(row["optimizer_bytes"] / base["optimizer_bytes"], 4)
         yield row
@@ -161,69 +169,121 @@ def trained(
 ) -> dict[str, Any]:
     """Trains one variant from scratch, once for each seed; compiled once."""
     settings = replace(settings, compute_dtype=variant.dtype)
-    length, num_steps = settings.context + 1, args.steps
-    held_out = tokens[-HELD_OUT_BATCHES * settings.batch_size * length :]
-    tokens = tokens[: -len(held_out)]
-    optimizer, begin, loss_of = _parts(variant, shape, settings)
-
-    def one_step(seed, state, step):
-        params, histories, opt_state = state
-        windows = training_windows(tokens, seed, step, settings.batch_size, length)
-        scale = loss_scale(opt_state) if variant.dtype == "float16" else 1.0
-
-        def scaled(params, histories):
-            loss = loss_of(params, histories, windows)
-            return loss * scale, loss
-
-        (_, loss), (grads, histories) = jax.value_and_grad(scaled, (0, 1), has_aux=True)(
-            params, histories
-        )
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        factor = schedule_factor(step, num_steps, settings.warmup_steps)
-        params = optax.apply_updates(params, jax.tree.map(lambda u: factor * u, updates))
-        return (params, histories, opt_state), loss
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def dispatch(state, first, seed):
-        steps = first + jnp.arange(settings.steps_per_dispatch)
-        return lax.scan(functools.partial(one_step, seed), state, steps)
-
-    begin, held_out_loss = jax.jit(begin), _held_out_loss(shape, settings, held_out)
-    row: dict[str, Any] = {"variant": variant.name, "loss": [], "of_weights": []}
-    start, seconds, skipped = time.perf_counter(), [], 0
+    windows, length = HELD_OUT_BATCHES * settings.batch_size, settings.context + 1
+    tokens, held_out = _parted(tokens, windows, length)
+    run = _Run(variant, shape, settings, tokens, args.steps)
+    plain_end = _Run(replace(variant, scaling=None), shape, settings, tokens, args.steps)
+    own_reading = _reading(variant, shape, settings, held_out)
+    reading = _reading(VARIANTS[0], shape, replace(settings, compute_dtype="bfloat16"), held_out)
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    start, last = time.perf_counter(), max(1, args.steps // 20)
+    skipped = optimizer_bytes = 0
+    at_once, fork = settings.steps_per_dispatch, args.steps
+    if variant.scaling:
+        fork -= max(at_once, round(PLAIN_END * args.steps / at_once) * at_once)
     for seed in map(jnp.int32, range(args.seeds)):
-        state, found = begin(seed), []
-        for first in range(0, num_steps, settings.steps_per_dispatch):
-            before = time.perf_counter()
-            state, loss = dispatch(state, jnp.int32(first), seed)
-            found.append(np.asarray(loss))
-            seconds.append(time.perf_counter() - before)
-        losses = np.concatenate(found)[:num_steps]
-        row["loss"].append(round(float(losses[-max(1, num_steps // 20) :].mean()), 5))
-        row["of_weights"].append(round(held_out_loss(state[0]), 5))
+        state, losses = run.steps(run.begin(seed), seed, 0, fork)
+        if variant.scaling:
+            copied = jax.tree.map(jnp.copy, (state[0], nnx.State({}), state[2]))
+            ended, its_losses = plain_end.steps(copied, seed, fork, args.steps)
+            found["ended_loss"].append(float(its_losses[-last:].mean()))
+            found["ended_held_out"].append(reading(ended))
+            state, more = run.steps(state, seed, fork, args.steps)
+            losses = np.concatenate([losses, more])
+        found["loss"].append(float(losses[-last:].mean()))
+        found["held_out"].append(own_reading(state))
+        found["of_weights"].append(reading(state))
         skipped += int(state[2].skipped_steps) if variant.dtype == "float16" else 0
-        row["optimizer_bytes"] = formats.device_bytes(state[2])
-    per_step = statistics.median(seconds[1:] or seconds) / settings.steps_per_dispatch
-    return row | {
+        optimizer_bytes = formats.device_bytes(state[2])
+    return {
+        "variant": variant.name,
+        **{name: [round(loss, 5) for loss in losses] for name, losses in found.items()},
+        "optimizer_bytes": optimizer_bytes,
         "skipped_steps": skipped,
-        "tokens_per_second": round(settings.batch_size * settings.context / per_step),
+        "tokens_per_second": round(
+            settings.batch_size * settings.context / run.seconds_of_a_step()
+        ),
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-def _held_out_loss(
-    shape: ModelShape, settings: TrainingSettings, tokens: Any
+def _parted(tokens: Any, windows: int, length: int) -> tuple[Any, Any]:
+    """The text without some windows of it, from everywhere in it, and these, [windows, length]."""
+    starts = np.linspace(0, len(tokens) - length, windows).astype(int)
+    held_out = starts[:, None] + np.arange(length)
+    return jnp.asarray(np.delete(tokens, held_out.ravel())), jnp.asarray(tokens[held_out])
+
+
+class _Run:
+    """The steps of a variant, compiled; a state is of parameters, histories and the optimizer."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        shape: ModelShape,
+        settings: TrainingSettings,
+        tokens: Any,
+        num_steps: int,
+    ):
+        optimizer, begin, loss_of = _parts(variant, shape, settings)
+        self.begin = jax.jit(begin)
+        self._at_once = settings.steps_per_dispatch
+        self._seconds: list[float] = []
+
+        def one_step(seed, state, step):
+            params, histories, opt_state = state
+            windows = training_windows(
+                tokens, seed, step, settings.batch_size, settings.context + 1
+            )
+            scale = loss_scale(opt_state) if variant.dtype == "float16" else 1.0
+
+            def scaled(params, histories):
+                loss = loss_of(params, histories, windows)
+                return loss * scale, loss
+
+            (_, loss), (grads, histories) = jax.value_and_grad(scaled, (0, 1), has_aux=True)(
+                params, histories
+            )
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            factor = schedule_factor(step, num_steps, settings.warmup_steps)
+            params = optax.apply_updates(params, jax.tree.map(lambda u: factor * u, updates))
+            return (params, histories, opt_state), loss
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def dispatch(state, first, seed):
+            steps = first + jnp.arange(self._at_once)
+            return lax.scan(functools.partial(one_step, seed), state, steps)
+
+        self._dispatch = dispatch
+
+    def steps(self, state: Any, seed: Any, first: int, last: int) -> tuple[Any, np.ndarray]:
+        """The state after the steps from first to last, and the losses in them."""
+        found = []
+        for step in range(first, last, self._at_once):
+            before = time.perf_counter()
+            state, losses = self._dispatch(state, jnp.int32(step), seed)
+            found.append(np.asarray(losses))
+            self._seconds.append(time.perf_counter() - before)
+        return state, np.concatenate(found)
+
+    def seconds_of_a_step(self) -> float:
+        """Median, without the first dispatch, which compiles."""
+        return statistics.median(self._seconds[1:] or self._seconds) / self._at_once
+
+
+def _reading(
+    variant: Variant, shape: ModelShape, settings: TrainingSettings, windows: Any
 ) -> Callable[[Any], float]:
-    """What gives the loss of weights on tokens that nothing is trained on, in bfloat16."""
-    *_, loss_of = _parts(VARIANTS[0], shape, replace(settings, compute_dtype="bfloat16"))
-    batches = tokens.reshape(HELD_OUT_BATCHES, settings.batch_size, -1).astype(jnp.int32)
-    no_histories = nnx.State({})
+    """What gives the loss of a state on windows that nothing is trained on, by a variant's products."""
+    _, _, loss_of = _parts(variant, shape, settings)
+    batches = windows.reshape(HELD_OUT_BATCHES, settings.batch_size, -1).astype(jnp.int32)
 
     @jax.jit
-    def loss(params):
-        return jnp.mean(lax.map(lambda windows: loss_of(params, no_histories, windows), batches))
+    def loss(params, histories):
+        return jnp.mean(lax.map(lambda windows: loss_of(params, histories, windows), batches))
 
-    return lambda params: float(loss(params))
+    without = nnx.State({})
+    return lambda state: float(loss(state[0], state[1] if variant.scaling else without))
 
 
 def _parts(

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax.low_precision import AmaxHistory, DelayedProduct, amax_history, train_in_fp8
+from qjax.low_precision import AmaxHistory, DelayedProduct, amax_history, end_fp8, train_in_fp8
 from qjax.low_precision import value_and_grad as fp8_value_and_grad
 from qjax.nnx_layers import Router
 from qjax.scheme import Recipe
@@ -199,6 +199,31 @@ def test_a_decoder():
     )
     assert all((history[0] > 0) for history in histories_of(model).values())
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("scaling", ["current", "delayed"])
+def test_the_last_steps_in_their_own_dtype(scaling):
+    """The same optimizer goes on, and the layers are a plain model's again, to the bit."""
+    model, plain = Model(), Model()
+    train_in_fp8(model, scaling=scaling)
+    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+    train_step = nnx.jit(
+        lambda model, optimizer, *batch: optimizer.update(
+            model, fp8_value_and_grad(loss_fn)(model, *batch)[1]
+        )
+    )
+    batch = jnp.arange(8), jnp.arange(8) + 1
+    train_step(model, optimizer, *batch)
+    in_fp8 = model(batch[0])
+    assert set(end_fp8(model)) == IN_FP8
+    assert not histories_of(model)
+    nnx.update(plain, nnx.state(model, nnx.Param))
+    np.testing.assert_array_equal(model(batch[0]), plain(batch[0]))
+    assert not np.array_equal(in_fp8, plain(batch[0]))
+    train_step(model, optimizer, *batch)
+    assert int(optimizer.step[...]) == 2
+    with pytest.raises(ValueError, match="no layer of the model multiplies in FP8: train_in_fp8"):
+        end_fp8(model)
 
 
 @pytest.mark.parametrize("scaling", ["current", "delayed"])
