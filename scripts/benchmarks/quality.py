@@ -36,17 +36,17 @@ CALIBRATION, EVALUATION, LENGTH = 64, 24, 512  # windows, windows, tokens
 # Schemes with the methods that they are measured with, and what llm-compressor calls the same.
 ROWS = {
     "w4a16-g128": ("rtn", "gptq", "awq", "awq+gptq", "rotation+gptq", "best"),
-    "w4a16-g128-asym": ("rtn", "gptq", "awq", "awq+gptq"),
+    "w4a16-g128-asym": ("rtn", "gptq", "awq", "awq+gptq", "best"),
     "w3a16-g128": ("rtn", "gptq", "best"),
     "w2a16-g64": ("rtn", "gptq", "best"),
-    "w8a8": ("rtn", "smoothquant", "llm-int8"),
-    "w8a8-static": ("rtn", "smoothquant"),
+    "w8a8": ("rtn", "smoothquant", "llm-int8", "best"),
+    "w8a8-static": ("rtn", "smoothquant", "best"),
     "w4a8": ("rtn", "gptq", "best"),
-    "w4a4": ("rtn", "rotation", "rotation+gptq"),
+    "w4a4": ("rtn", "rotation", "rotation+gptq", "rotation+gptq+learned", "best"),
     "fp8-dynamic": ("rtn",),
     "fp8-static": ("rtn",),
-    "nvfp4": ("rtn", "gptq"),
-    "mxfp4": ("rtn", "gptq"),
+    "nvfp4": ("rtn", "gptq", "best"),
+    "mxfp4": ("rtn", "gptq", "best"),
 }
 PEER_ROWS = {
     "w4a16-g128": ("gptq", "awq"),
@@ -54,7 +54,15 @@ PEER_ROWS = {
     "w3a16-g128": ("gptq",),
     "w8a8": ("smoothquant",),
 }
+# The same of the model that outlier_channels.py writes.
+OUTLIER_ROWS = {
+    "w8a8": ("rtn", "smoothquant", "llm-int8", "best"),
+    "w4a16-g128": ("rtn", "gptq", "awq", "best"),
+}
+OUTLIER_PEER_ROWS = {"w8a8": ("smoothquant",), "w4a16-g128": ("gptq", "awq")}
+MODELS = {"shipped": (ROWS, PEER_ROWS), "outliers": (OUTLIER_ROWS, OUTLIER_PEER_ROWS)}
 _PEER = Path(__file__).with_name("llm_compressor.py")
+_OUTLIERS = Path(__file__).with_name("outlier_channels.py")
 _PAGE = """\
 # Quality
 
@@ -66,7 +74,7 @@ included; MB those of the quantized layers. {{ machine }}.
 
 Made by `scripts/benchmarks/quality.py --peer`, which runs the commands as a user would.
 
-{% for scheme, lines in schemes.items() %}
+{% for scheme, lines in tables["shipped"].items() %}
 | {{ scheme }} | perplexity | change | KL | seconds | MB |
 |---|---|---|---|---|---|
 {% for line in lines %}
@@ -74,6 +82,21 @@ Made by `scripts/benchmarks/quality.py --peer`, which runs the commands as a use
 {% endfor %}
 
 {% endfor %}
+{% if tables["outliers"] %}
+## With outliers
+
+The same model, six channels of each norm 48 times as large and the weights behind them as much smaller
+(`scripts/benchmarks/outlier_channels.py`): activations of large models have such channels.
+
+{% for scheme, lines in tables["outliers"].items() %}
+| {{ scheme }} | perplexity | change | KL | seconds | MB |
+|---|---|---|---|---|---|
+{% for line in lines %}
+{{ line }}
+{% endfor %}
+
+{% endfor %}
+{% endif %}
 """
 
 
@@ -87,76 +110,93 @@ def main() -> None:
     parser.add_argument("--scheme", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--peer", action="store_true", help="llm-compressor, too")
     args = parser.parse_args()
-    wanted = [("qjax", scheme, method) for scheme in args.scheme for method in ROWS[scheme]]
-    if args.peer:
-        by = f"llm-compressor {importlib.metadata.version('llmcompressor')}"
-        wanted += [(by, scheme, m) for scheme in args.scheme for m in PEER_ROWS.get(scheme, ())]
+    keys = _keys(
+        f"llm-compressor {importlib.metadata.version('llmcompressor')}" if args.peer else None
+    )
     rows = {}
     if args.rows.exists():
         rows = {_key(row): row for row in map(json.loads, args.rows.read_text().splitlines())}
     with tempfile.TemporaryDirectory() as folder:
         study = Study.begin(Path(folder))
-        for key in wanted:
-            if key not in rows:
+        for key in keys:
+            if key not in rows and key[2] in args.scheme:
                 rows[key] = study.row(*key)
                 print(json.dumps(rows[key]), flush=True)
                 with args.rows.open("a") as file:
                     file.write(json.dumps(rows[key]) + "\n")
-            args.page.write_text(page(list(rows.values()), study.unquantized))
+        args.page.write_text(page([rows[key] for key in keys if key in rows], study.unquantized))
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["by"], row["scheme"], row["method"]
+def _keys(peer: str | None) -> list[tuple[str, str, str, str]]:
+    """Model, maker, scheme and method of every row, in the order of the page."""
+    return [
+        (model, by, scheme, method)
+        for model, (ours, theirs) in MODELS.items()
+        for scheme in ours
+        for by, methods in (("qjax", ours), (peer, theirs))
+        if by
+        for method in methods.get(scheme, ())
+    ]
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    return row["model"], row["by"], row["scheme"], row["method"]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model, the tokens that it is measured on, and what it gives as it is.
+    """The models, the tokens that they are measured on, and what they give as they are.
 
     Attributes:
-      source: its directory.
+      sources: their directories.
       folder: where all that is written goes.
-      unquantized: its perplexity.
+      unquantized: the perplexity of both, which compute the same.
     """
 
-    source: Path
+    sources: dict[str, Path]
     folder: Path
     unquantized: float
 
     @staticmethod
     def begin(folder: Path) -> "Study":
-        """The model that ships with qjax; tokens of different modules to calibrate and to judge."""
+        """The model that ships with qjax, twice; tokens of other modules to calibrate and to judge."""
         source = shipped.model_path()
         vocab_size = json.loads((source / "config.json").read_text())["vocab_size"]
         tokenizer = load_tokenizer(source, vocab_size=vocab_size)
         windows = text.windows(shipped.evaluation_text(), tokenizer, LENGTH)
         np.save(folder / "calibration.npy", windows[:CALIBRATION])
         np.save(folder / "evaluation.npy", windows[-EVALUATION:])
-        study = Study(source, folder, 0.0)
+        _run([sys.executable, _OUTLIERS, folder / "outliers"])
+        study = Study({"shipped": source, "outliers": folder / "outliers"}, folder, 0.0)
         return replace(study, unquantized=study._judged(source)["perplexity"])
 
-    def row(self, by: str, scheme: str, method: str) -> dict[str, Any]:
-        """One row of the table: the model quantized, judged and thrown away."""
-        out, calibration = self.folder / "out", self.folder / "calibration.npy"
+    def row(self, model: str, by: str, scheme: str, method: str) -> dict[str, Any]:
+        """One row of the table: a model quantized, judged and thrown away."""
+        source, out, calibration = (
+            self.sources[model],
+            self.folder / "out",
+            self.folder / "calibration.npy",
+        )
         start = time.perf_counter()
         if by == "qjax":
             looks = method not in ("rtn", "rotation") or "-static" in scheme
             options = ["--calib", calibration] if looks else []
             whole = method == "llm-int8" or (scheme == "w4a4" and method != "rtn")
             options += ["--format", "orbax"] if whole else []
-            _qjax("quantize", self.source, out, "--scheme", scheme, "--method", method, *options)
+            _qjax("quantize", source, out, "--scheme", scheme, "--method", method, *options)
         else:
-            command = [sys.executable, _PEER, self.source, scheme, method, calibration, out]
+            command = [sys.executable, _PEER, source, scheme, method, calibration, out]
             _run(command, self.folder)
         seconds = time.perf_counter() - start
-        judged = self._judged(out, "--baseline", self.source)
+        judged = self._judged(out, "--baseline", source)
         layers = _qjax("inspect", out)["layers"]
         shutil.rmtree(out)
         return {
-            "by": by, "scheme": scheme, "method": method, "seconds": round(seconds, 1),
+            "model": model, "by": by, "scheme": scheme, "method": method, "seconds": round(seconds, 1),
             "perplexity": judged["perplexity"], "kl": judged["kl"],
             "bytes": sum(layer["bytes"] for layer in layers if layer["scheme"]),
             "change": 100 * (judged["perplexity"] / self.unquantized - 1),
+            "date": str(datetime.date.today()),
         }  # fmt: skip
 
     def _judged(self, model: Path, *options: object) -> dict[str, Any]:
@@ -180,14 +220,18 @@ def _run(command: Sequence[object], folder: Path | None = None) -> str:
 
 def page(rows: Sequence[dict[str, Any]], unquantized: float) -> str:
     """The page of all rows, a table for each scheme."""
-    lines = {name: [_line(row) for row in rows if row["scheme"] == name] for name in ROWS}
+    tables: dict[str, dict[str, list[str]]] = {name: {} for name in MODELS}
+    for row in rows:
+        tables[row["model"]].setdefault(row["scheme"], []).append(_line(row))
+    dates = sorted({row["date"] for row in rows})
+    measured = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     template = jinja2.Template(_PAGE, trim_blocks=True, keep_trailing_newline=True)
     return template.render(
-        schemes={name: some for name, some in lines.items() if some},
+        tables=tables,
         unquantized=f"{unquantized:.3f}",
         calibration=f"[{CALIBRATION}, {LENGTH}]",
         evaluation=f"[{EVALUATION}, {LENGTH}]",
-        machine=f"{os.cpu_count()} CPU cores, jax {jax.__version__}, {datetime.date.today()}",
+        machine=f"{os.cpu_count()} CPU cores, jax {jax.__version__}, {measured}",
     )
 
 

@@ -6,26 +6,10 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import folding
+from benchmarks.outlier_channels import CHANNELS, with_outliers
 from qjax_checkpoints import shipped
 from qjax_checkpoints.load import load
 from qjax_checkpoints.tokenizer import load_tokenizer
-from qjax_models import Decoder, blockwise
-
-CHANNELS, FACTOR = 6, 48
-
-
-def with_outliers(model: Decoder) -> Decoder:
-    """The same function, with some channels of each norm made large and the weights behind them small."""
-    rng = np.random.default_rng(0)
-    width = model.config.hidden_size
-    for block in blockwise(model, 1).blocks:
-        for fold in block.folds:
-            if fold.producer.path.endswith("norm"):
-                scale = np.ones(width, np.float32)
-                scale[rng.choice(width, CHANNELS, replace=False)] = 1 / FACTOR
-                folding.fold(block.module, fold, jnp.asarray(scale))
-    return model
 
 
 @pytest.mark.one_version  # a whole model, compiled three times
