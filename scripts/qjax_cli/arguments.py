@@ -38,8 +38,10 @@ def number(
     >>> number(0)("0.7")
     0.7
     """
-    start = f"above {least}" if exclusive else f"from {least}"
-    right = f"a number {start} {'up' if most == math.inf else f'to {most}'}"
+    if exclusive:
+        right = f"a number above {least}" + ("" if most == math.inf else f" and at most {most}")
+    else:
+        right = f"a number from {least} {'up' if most == math.inf else f'to {most}'}"
 
     def parse(text: str) -> float:
         try:

@@ -334,6 +334,11 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
         return qjax.Method.parse(name, recipe=recipe).looks_at_inputs(recipe)
 
     how = qjax.Method.parse(args.method, search, recipe)
+    if how.outliers is not None and isinstance(plan, str):
+        raise ValueError(
+            f"--method {how.name} is for w8a8, and a budget chooses among schemes of weights alone: "
+            "name --scheme w8a8"
+        )
     how.check(recipe)
     if how.rotated is not None and isinstance(plan, str):
         raise ValueError(
