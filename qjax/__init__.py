@@ -24,7 +24,8 @@ from qjax.qat.fake_quant import learned_grids as learned_grids
 from qjax.qat.fake_quant import quantized_params as quantized_params
 from qjax.qat.fake_quantizer import quantized as quantized
 from qjax.qat.fake_quantizer import trainable as trainable
-from qjax.qat.linen_activations import fake_quant_activations as fake_quant_activations
+from qjax.qat.linen import fake_quant_activations as fake_quant_activations
+from qjax.qat.linen import fake_quant_apply as fake_quant_apply
 from qjax.qat.masters import masters as masters
 from qjax.qat.masters import on_grid as on_grid
 from qjax.qat.masters import straight_through as straight_through

@@ -23,7 +23,7 @@ def fake_quant(
 
     A tree of arrays, such as the parameters of a Linen module, becomes the tree of what its weights will
     be worth, with gradients that pass straight through; activations are the affair of
-    :func:`qjax.fake_quant_activations`. It belongs into the loss::
+    :func:`qjax.fake_quant_apply`. It belongs into the loss::
 
         loss = loss_fn(qjax.fake_quant(params, recipe), batch)
 

@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import qjax
 from qjax import activations, qtensor
@@ -77,14 +78,16 @@ def test_linen_with_quantized_activations() -> None:
     x, y = data()
     module, scheme = Net(), "w4a8"
     params = module.init(jax.random.key(0), x)["params"]
+    apply = qjax.fake_quant_apply(module.apply, scheme, axes=AXES)  # the added line
 
     def outputs(params):
-        worth = qjax.fake_quant(params, scheme, axes=AXES)
-        with nn.intercept_methods(qjax.fake_quant_activations(scheme)):
-            return module.apply({"params": worth}, x)
+        return apply({"params": params}, x)
 
     params, found = trained(lambda params: jnp.mean((outputs(params) - y) ** 2), params)
     assert found[-1] < 0.3 * found[0]
+    with nn.intercept_methods(qjax.fake_quant_activations(scheme)):
+        in_two_lines = module.apply({"params": qjax.fake_quant(params, scheme, axes=AXES)}, x)
+    np.testing.assert_array_equal(outputs(params), in_two_lines)
     # By hand, layer by layer.
     worth, eight = qjax.fake_quant(params, scheme, axes=AXES), Scheme.parse(scheme).activations
 
@@ -99,6 +102,32 @@ def test_linen_with_quantized_activations() -> None:
     last = worth["DenseGeneral_0"]
     expected = jnp.einsum("bhk,hkn->bn", rounded(h, (1, 2)), last["kernel"]) + last["bias"]
     np.testing.assert_allclose(outputs(params), expected, atol=1e-4)
+
+
+def test_a_linen_module_with_other_variables_and_in_a_train_state() -> None:
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+
+    x, _ = data()
+    module = Normed()
+    variables = module.init(jax.random.key(0), x, train=False)
+    state = TrainState.create(
+        apply_fn=qjax.fake_quant_apply(module.apply, "w8a8"),
+        params=variables["params"],
+        tx=optax.sgd(0.1),
+    )
+
+    def loss(params):
+        given = {"params": params, "batch_stats": variables["batch_stats"]}
+        y, changed = state.apply_fn(given, x, train=True, mutable=["batch_stats"])
+        return jnp.mean((y - 1) ** 2), changed
+
+    gradients, changed = jax.grad(loss, has_aux=True)(state.params)
+    assert set(changed) == {"batch_stats"}
+    moved = state.apply_gradients(grads=gradients).params["Dense_0"]["kernel"]
+    assert (moved != variables["params"]["Dense_0"]["kernel"]).any()
 
 
 def test_a_plain_tree_with_learned_grids() -> None:

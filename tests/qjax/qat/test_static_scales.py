@@ -12,7 +12,7 @@ import qjax
 from qjax import activations
 from qjax.nnx_layers import quantizable_layers, quantized_layers
 from qjax.qat.fake_quantizer import FixedScale, LearnedScale
-from qjax.qat.linen_activations import fake_quant_activations
+from qjax.qat.linen import fake_quant_activations
 
 SCHEMES = ["w8a8-static", "w4a8-g11-static", "fp8-static", "w4afp8-channel-static"]
 K, N = 33, 7

@@ -1,18 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fake quantization of what Linen layers multiply, by Flax's own method interceptors.
+"""Fake quantization of Linen modules: by their ``apply``, or of what their layers multiply alone.
+
+apply = fake_quant_apply(module.apply, recipe)          once; then as module.apply
 
 with nn.intercept_methods(fake_quant_activations(recipe)):
     logits = module.apply({"params": qjax.fake_quant(params, recipe)}, x)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
 
 from qjax import activations
+from qjax.qat.fake_quant import fake_quant
 from qjax.qat.form import check_dynamic
+from qjax.qat.parameter_tree import Axes
 from qjax.scheme import Recipe
+
+
+def fake_quant_apply(
+    apply: Callable[..., Any], recipe: str | Recipe, *, axes: Axes | None = None, dtype: Any = None
+) -> Callable[..., Any]:
+    """A Linen module's ``apply`` that computes as the quantized module will, weights and activations.
+
+    Args:
+      apply: of variables with ``"params"``, and whatever else.
+      recipe: which layers are to be held how.
+      axes: as in :func:`qjax.fake_quant`.
+      dtype: as in :func:`qjax.fake_quant`.
+
+    Returns:
+      A function of the same arguments, for a loss or as ``apply_fn`` of a train state. The gradients of
+      params pass straight through.
+
+    Raises:
+      ValueError: when it is called, as :func:`qjax.fake_quant` does, or a layer's scheme is static.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> module = nn.Dense(2, use_bias=False)
+      >>> variables = module.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> fake_quant_apply(module.apply, "w4a8")(variables, jnp.ones((1, 4))).shape
+      (1, 2)
+    """
+    intercept = fake_quant_activations(recipe)
+
+    @functools.wraps(apply)
+    def applied(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        worth = fake_quant(variables["params"], recipe, axes=axes, dtype=dtype)
+        with nn.intercept_methods(intercept):
+            return apply({**variables, "params": worth}, *args, **kwargs)
+
+    return applied
 
 
 def fake_quant_activations(recipe: str | Recipe) -> Callable[..., Any]:
