@@ -4,6 +4,7 @@
 import itertools
 from dataclasses import dataclass, replace
 
+from qjax import formats
 from qjax.algorithms import awq, gptq, learned_rounding, llm_int8, rotation, smoothquant
 from qjax.ranges import RangeSearch
 from qjax.scheme import Recipe
@@ -39,6 +40,10 @@ RESCALINGS = {"awq": awq.Options(), "smoothquant": smoothquant.Options()}
 #   nvfp4        7.069, 8.252     7.012, 8.194    6.973, 8.088           6.971, 8.106
 #   mxfp4        7.084, 8.277     7.095, 8.297    7.115, 8.281
 #
+# With AWQ before it learned rounding loses as much where there are no outliers, and no more where there
+# are (docs/quality.md): w4a16-g128 gptq+learned 7.026, with outliers 7.528, awq+gptq+learned 7.075, 7.061
+# (KL 0.0385, 0.1074, 0.0380, 0.0393); w3a16-g128 7.589 and 7.672 (0.1397, 0.1472).
+#
 # By-activity order: w4a16-g128 7.214, 8.392 and 7.161, 8.363 (output, 80), w3a16-g128 9.601, 10.858 and
 # 8.209, 9.517: no clear difference.
 #
@@ -50,10 +55,12 @@ RESCALINGS = {"awq": awq.Options(), "smoothquant": smoothquant.Options()}
 #   w3a16-g128   rtn 13.281, rotation 12.278
 #   w4a16-g128   rtn 6.869, rotation 7.012; with such outliers 8.197, 7.011
 #
-# `best` leaves it out: for w4a4 it asks for a format of our own, and it is refused for Gemma.
+# docs/quality.md has w4a4 with learned rounding: 8.121 rotated, 9.626 by SmoothQuant. A rotation for it
+# asks for a format of our own, and is refused for Gemma: `best` takes it where it is told that it may.
 BEST = "best"
 _BEST_FOR_WEIGHTS = "gptq+learned"
 _BEST_FOR_BOTH = "smoothquant+gptq+learned"
+_BEST_FOR_INT4_INPUTS = "rotation+gptq+learned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +156,11 @@ class Method:
 
     @staticmethod
     def parse(
-        name: str, search: RangeSearch | None = None, recipe: Recipe | None = None
+        name: str,
+        search: RangeSearch | None = None,
+        recipe: Recipe | None = None,
+        *,
+        may_rotate: bool = False,
     ) -> "Method":
         """Reads ``rtn``, ``gptq``, ``awq``, ``rotation``, ..., a chain, ``llm-int8``, or ``best``.
 
@@ -158,6 +169,7 @@ class Method:
             joined by plus signs; each may be left out.
           search: how ranges are chosen; by default as suits the method.
           recipe: what the method is for; ``best`` asks whether activations are quantized, too.
+          may_rotate: whether ``best`` may turn what is multiplied at run time, for int4 activations.
 
         Raises:
           ValueError: there is no such method, or ``best`` has no recipe to ask.
@@ -171,11 +183,17 @@ class Method:
         if name == BEST:
             if recipe is None:
                 raise ValueError("the best method depends on the schemes: give the recipe")
-            both = any(rule.scheme and rule.scheme.activations for rule in recipe.rules)
-            name = _BEST_FOR_BOTH if both else _BEST_FOR_WEIGHTS
+            name = _best(recipe, may_rotate)
         if name not in _CHAINS:
             raise ValueError(f"unknown method {name!r}: there are {', '.join(names())}")
         return replace(_CHAINS[name], search=search or _CHAINS[name].search)
+
+
+def _best(recipe: Recipe, may_rotate: bool) -> str:
+    activations = [rule.scheme.activations for rule in recipe.rules if rule.scheme]
+    if may_rotate and any(inputs and inputs.format == formats.INT4 for inputs in activations):
+        return _BEST_FOR_INT4_INPUTS
+    return _BEST_FOR_BOTH if any(activations) else _BEST_FOR_WEIGHTS
 
 
 def names() -> tuple[str, ...]:

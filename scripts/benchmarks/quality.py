@@ -6,7 +6,8 @@
 Runs the commands as a user would, `qjax quantize` and `qjax eval`, each in a process of its own, on the
 model that ships with qjax; with ``--peer`` llm-compressor on the same tokens too, which needs the extra
 `interop`, and whose result `qjax eval` judges likewise. Rows are kept in a file as they are measured,
-and what it has is not measured again; the page is written from it after each.
+and what it has is not measured again; the page is written from it. Who ran something else meanwhile puts
+null for a row's seconds there.
 """
 
 import argparse
@@ -35,14 +36,22 @@ from qjax_cli import text
 CALIBRATION, EVALUATION, LENGTH = 64, 24, 512  # windows, windows, tokens
 # Schemes with the methods that they are measured with, and what llm-compressor calls the same.
 ROWS = {
-    "w4a16-g128": ("rtn", "gptq", "awq", "awq+gptq", "rotation+gptq", "best"),
+    "w4a16-g128": (
+        "rtn",
+        "gptq",
+        "awq",
+        "awq+gptq",
+        "rotation+gptq",
+        "awq+gptq+learned",
+        "best",
+    ),
     "w4a16-g128-asym": ("rtn", "gptq", "awq", "awq+gptq", "best"),
-    "w3a16-g128": ("rtn", "gptq", "best"),
-    "w2a16-g64": ("rtn", "gptq", "best"),
+    "w3a16-g128": ("rtn", "gptq", "awq+gptq+learned", "best"),
+    "w2a16-g64": ("rtn", "gptq", "awq+gptq+learned", "best"),
     "w8a8": ("rtn", "smoothquant", "llm-int8", "best"),
     "w8a8-static": ("rtn", "smoothquant", "best"),
     "w4a8": ("rtn", "gptq", "best"),
-    "w4a4": ("rtn", "rotation", "rotation+gptq", "rotation+gptq+learned", "best"),
+    "w4a4": ("rtn", "rotation", "rotation+gptq", "smoothquant+gptq+learned", "best"),
     "fp8-dynamic": ("rtn",),
     "fp8-static": ("rtn",),
     "nvfp4": ("rtn", "gptq", "best"),
@@ -57,7 +66,7 @@ PEER_ROWS = {
 # The same of the model that outlier_channels.py writes.
 OUTLIER_ROWS = {
     "w8a8": ("rtn", "smoothquant", "llm-int8", "best"),
-    "w4a16-g128": ("rtn", "gptq", "awq", "best"),
+    "w4a16-g128": ("rtn", "gptq", "awq", "awq+gptq+learned", "best"),
 }
 OUTLIER_PEER_ROWS = {"w8a8": ("smoothquant",), "w4a16-g128": ("gptq", "awq")}
 MODELS = {"shipped": (ROWS, PEER_ROWS), "outliers": (OUTLIER_ROWS, OUTLIER_PEER_ROWS)}
@@ -70,7 +79,7 @@ What the model that ships with qjax loses. {{ calibration }} tokens of the Pytho
 calibrated on; perplexity is that of {{ evaluation }} others, of modules that neither training nor
 calibration saw, {{ unquantized }} unquantized. KL is the mean divergence of the output from the
 unquantized model's, in nats a token. Seconds are those of the whole command, start and compilation
-included; MB those of the quantized layers. {{ machine }}.
+included, where it ran alone; MB those of the quantized layers. {{ machine }}.
 
 Made by `scripts/benchmarks/quality.py --peer`, which runs the commands as a user would.
 
@@ -241,7 +250,7 @@ def _line(row: dict[str, Any]) -> str:
     cells = (
         method, f"{row['perplexity']:,.{3 if works else 0}f}",
         f"{row['change']:+.2f} %" if works else "unusable", f"{row['kl']:.4f}",
-        f"{row['seconds']:.0f}", f"{row['bytes'] / 1e6:.2f}",
+        "" if row["seconds"] is None else f"{row['seconds']:.0f}", f"{row['bytes'] / 1e6:.2f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

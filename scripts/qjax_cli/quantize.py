@@ -92,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "smoothquant: important or outlying channels are rescaled first; rotation: before that, "
         "channels are mixed until none is an outlier; learned: the layers of a "
         "block are trained together for what comes out of it; llm-int8: inputs with outliers stay in 16 "
-        "bits (w8a8, --format orbax); best: the chain that measured best",
+        "bits (w8a8, --format orbax); best: the chain that measured best, for w4a4 with a rotation where "
+        "the format holds it (--format orbax)",
     )
     parser.add_argument(
         "--range",
@@ -333,7 +334,8 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
     def calibrated(name: str) -> bool:
         return qjax.Method.parse(name, recipe=recipe).looks_at_inputs(recipe)
 
-    how = qjax.Method.parse(args.method, search, recipe)
+    may_rotate = args.format == "orbax"
+    how = qjax.Method.parse(args.method, search, recipe, may_rotate=may_rotate)
     if how.outliers is not None and isinstance(plan, str):
         raise ValueError(
             f"--method {how.name} is for w8a8, and a budget chooses among schemes of weights alone: "

@@ -481,6 +481,10 @@ def test_the_best_method_depends_on_the_schemes():
         Method.parse("best", recipe=qjax.Recipe.from_json(rules[:count])).name for count in (2, 3)
     ]
     assert chains == ["gptq+learned", "smoothquant+gptq+learned"]
+    for scheme, turned in (("w4a4", True), ("w4a4-g8-static", True), ("w4a8", False)):
+        rotated = Method.parse("best", recipe=qjax.Recipe.uniform(scheme), may_rotate=True)
+        assert (rotated.rotated is not None) == turned and rotated.learned is not None
+    assert Method.parse("best", recipe=qjax.Recipe.uniform("w4a4")).rotated is None
     searched = Method.parse("best", qjax.RangeSearch(method="mse"), qjax.Recipe.uniform("w4a16"))
     assert searched.search.method == "mse"
     with pytest.raises(ValueError, match="depends on the schemes: give the recipe"):
