@@ -73,6 +73,16 @@ MODELS = {"shipped": (ROWS, PEER_ROWS), "outliers": (OUTLIER_ROWS, OUTLIER_PEER_
 _PEER = Path(__file__).with_name("llm_compressor.py")
 _OUTLIERS = Path(__file__).with_name("outlier_channels.py")
 _PAGE = """\
+{% macro of_schemes(tables) %}
+{% for scheme, lines in tables.items() %}
+| {{ scheme }} | perplexity | change | KL | seconds | MB |
+|---|---|---|---|---|---|
+{% for line in lines %}
+{{ line }}
+{% endfor %}
+
+{% endfor %}
+{% endmacro %}
 # Quality
 
 What the model that ships with qjax loses. {{ calibration }} tokens of the Python standard library are
@@ -83,29 +93,15 @@ included, where it ran alone; MB those of the quantized layers. {{ machine }}.
 
 Made by `scripts/benchmarks/quality.py --peer`, which runs the commands as a user would.
 
-{% for scheme, lines in tables["shipped"].items() %}
-| {{ scheme }} | perplexity | change | KL | seconds | MB |
-|---|---|---|---|---|---|
-{% for line in lines %}
-{{ line }}
-{% endfor %}
-
-{% endfor %}
-{% if tables["outliers"] %}
+{{ of_schemes(tables["shipped"]) }}
+{%- if tables["outliers"] %}
 ## With outliers
 
 The same model, six channels of each norm 48 times as large and the weights behind them as much smaller
 (`scripts/benchmarks/outlier_channels.py`): activations of large models have such channels.
 
-{% for scheme, lines in tables["outliers"].items() %}
-| {{ scheme }} | perplexity | change | KL | seconds | MB |
-|---|---|---|---|---|---|
-{% for line in lines %}
-{{ line }}
-{% endfor %}
-
-{% endfor %}
-{% endif %}
+{{ of_schemes(tables["outliers"]) }}
+{%- endif %}
 """
 
 
