@@ -140,9 +140,7 @@ def end_fp8(model: nnx.Module) -> tuple[str, ...]:
     """
     paths = []
     for path, layer in nnx_layers.quantizable_layers(model):
-        name, of_flax = ("dot_general", jax.lax.dot_general)
-        if isinstance(layer, nnx.Einsum):
-            name, of_flax = ("einsum_op", jnp.einsum)
+        name, of_flax, _ = _products_of(layer)
         if _is_fp8(getattr(layer, name, None)):
             setattr(layer, name, nnx.static(of_flax))
             paths.append(path)
@@ -212,6 +210,13 @@ def _check(path: str, layer: QuantizableLayer, scheme: Scheme | None) -> None:
         raise ValueError(f"{path}: is quantized already; FP8 training starts from plain weights")
 
 
+def _products_of(layer: QuantizableLayer) -> tuple[str, Callable[..., Any], Callable[..., Any]]:
+    """Where a layer's hook is, and what stands there: Flax's function, or that of FP8."""
+    if isinstance(layer, nnx.Einsum):
+        return "einsum_op", jnp.einsum, fp8_dot_general.einsum
+    return "dot_general", jax.lax.dot_general, fp8_dot_general.dot_general
+
+
 def _is_fp8(hook: Any) -> bool:
     if isinstance(hook, functools.partial):
         return hook.func in (fp8_dot_general.dot_general, fp8_dot_general.einsum)
@@ -220,9 +225,7 @@ def _is_fp8(hook: Any) -> bool:
 
 def _install(layer: QuantizableLayer, hook: Any, margin: int) -> None:
     """Sets the hook of a layer: the module, or if None the function that scales by the tensors."""
-    name, function = "dot_general", fp8_dot_general.dot_general
-    if isinstance(layer, nnx.Einsum):
-        name, function = "einsum_op", fp8_dot_general.einsum
+    name, _, function = _products_of(layer)
     # Flax must be told: the attribute was declared to hold a function.
     as_function = nnx.static(functools.partial(function, margin=margin))
     setattr(layer, name, as_function if hook is None else nnx.data(hook))
