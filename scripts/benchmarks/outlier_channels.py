@@ -28,7 +28,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    write(parser.parse_args().out)
+    try:
+        write(parser.parse_args().out)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def write(out: Path) -> None:

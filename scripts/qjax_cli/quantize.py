@@ -261,7 +261,15 @@ def _prepared(args: argparse.Namespace, model: Decoder, plan: Plan, how: qjax.Me
     if how.rotated is None:
         return model
     assert isinstance(plan, qjax.Recipe)  # see _method
-    return rotatable(model, plan)
+    try:
+        return rotatable(model, plan)
+    except ValueError as error:
+        if args.method != method.BEST:
+            raise
+        plainer = qjax.Method.parse(method.BEST, recipe=plan).name
+        raise ValueError(
+            f"{error} (best is {how.name} here, and without a rotation --method {plainer})"
+        ) from error
 
 
 def _note_untied(before: Decoder, after: Decoder, console: Console) -> None:
