@@ -177,6 +177,39 @@ def encoded(
     return Codes(packing.pack(codes, 4) if how.format.bits == 4 else codes, scale)
 
 
+def factors(
+    kept: Codes, how: CacheScheme, size: int, static: Float[Array, "1"] | None = None
+) -> tuple[Shaped[Array, "*tokens H"], Float[Array, "*#tokens groups"]]:
+    """What codes and scales stand for as two factors, for products that multiply by scales last.
+
+    Attention reads a byte of each number so, where :func:`decoded` writes 16 bits of it for the product
+    to read.
+
+    Args:
+      kept: what :func:`encoded` made.
+      how: the scheme.
+      size: entries of a head, H.
+      static: the scale of a static scheme.
+
+    Returns:
+      Codes, one for each entry; and the scale of each ``group_size`` of them, the last of a head's groups
+      perhaps a shorter one.
+
+    Example:
+      >>> kept = encoded(jnp.array([[1.0, -4.0, 2.0, 0.5]]), SCHEMES["kv-int4"])
+      >>> codes, scale = factors(kept, SCHEMES["kv-int4"], 4)
+      >>> codes.tolist(), scale.tolist()
+      ([[2, -8, 4, 1]], [[0.5]])
+    """
+    codes = kept.codes
+    if how.format.bits == 4:
+        codes = packing.unpack(codes, 4, size, signed=True)
+    if kept.scale is not None:
+        return codes, kept.scale
+    assert static is not None  # codes of a static scheme are made by a scale
+    return codes, static.reshape((1,) * codes.ndim)
+
+
 def decoded(
     kept: Codes,
     how: CacheScheme,
@@ -198,14 +231,9 @@ def decoded(
       >>> decoded(kept, SCHEMES["kv-int4"], 4, jnp.float32).tolist()
       [[1.0, -4.0, 2.0, 0.5]]
     """
-    codes = kept.codes
-    if how.format.bits == 4:
-        codes = packing.unpack(codes, 4, size, signed=True)
-    scale = static
-    if kept.scale is not None:
-        scale = tiles.spread(kept.scale, _tile(size, how), (size,))
-    assert scale is not None  # codes of a static scheme are made by a scale
-    return (codes.astype(jnp.float32) * scale).astype(dtype)
+    codes, scale = factors(kept, how, size, static)
+    spread = tiles.spread(scale, _tile(size, how), (size,))
+    return (codes.astype(jnp.float32) * spread).astype(dtype)
 
 
 def rounded(

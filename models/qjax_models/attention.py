@@ -5,16 +5,22 @@
 
 Query head n reads key/value head n // G, G = N / K, without repeating keys or values in memory.
 Scores and their softmax are float32 whatever the inputs are.
+
+Keys and values of a cache may be codes with a scale for some neighbours of a head. A scale is a factor of
+the score, or of the weight, and multiplies those: codes go into the product as they are.
+
+    q . k_s  =  sum_g (q_g . codes_sg) scale_sg,      sum_s w_s v_sg  =  sum_s (w_s scale_sg) codes_sg
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Num
 
 AttentionImplementation = Literal["auto", "by_row", "batched", "cudnn"]
 
@@ -22,6 +28,7 @@ MIN_QUERY_BLOCK = 128
 MAX_CUDNN_HEAD_SIZE = 128
 # cuDNN has no program for a few tokens, or for some odd numbers of them.
 MIN_CUDNN_LENGTH, CUDNN_LENGTH_STEP = 128, 8
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 MAX_QUERY_BLOCKS = 8  # unrolled in the program, so more of them only lengthen compilation
 
 
@@ -32,6 +39,31 @@ class ScoreRule:
     scale: float
     softcap: float | None = None
     window: int | None = None  # tokens seen, the query's own included
+
+
+class Heads(NamedTuple):
+    """Keys or values of key/value heads, which may be those of several rows.
+
+    Attributes:
+        entries: numbers, or codes that a scale multiplies.
+        scale: of each group of neighbours in a head, all as long as the first but perhaps the last; None:
+            there are no codes.
+        group_size: entries that share a scale; None: all of a head.
+    """
+
+    entries: Num[Array, "K S H"]
+    scale: Float[Array, "#K #S groups"] | None = None
+    group_size: int | None = None
+
+    def groups(self) -> list[tuple[slice, Float[Array, "#K 1 #S"]]]:
+        """Where the groups of a head lie, and their scales."""
+        if self.scale is None:
+            return []
+        size = self.group_size or self.entries.shape[-1]
+        return [
+            (slice(g * size, (g + 1) * size), self.scale[..., g][:, None])
+            for g in range(self.scale.shape[-1])
+        ]
 
 
 def causal_attention(
@@ -68,17 +100,20 @@ def causal_attention(
 
 def cached_attention(
     queries: Float[Array, "B T N H"],
-    keys: Float[Array, "BK S H"],
-    values: Float[Array, "BK S H"],
+    keys: Heads,
+    values: Heads,
     positions: Int[Array, "B T"],
     rule: ScoreRule,
 ) -> Float[Array, "B T N H"]:
-    """Attention of new tokens to a cache that already holds them; slot s holds position s."""
+    """Attention of new tokens to a cache that already holds them; slot s holds position s.
+
+    Keys and values are those of all rows, entry b * K + k those of head k of row b.
+    """
     batch = queries.shape[0]
-    num_kv_heads = keys.shape[0] // batch
+    num_kv_heads = keys.entries.shape[0] // batch
     grouped = jax.vmap(_grouped, in_axes=(0, None))(queries, num_kv_heads)
     visible = jax.vmap(_visible, in_axes=(0, None, None))(
-        positions, jnp.arange(keys.shape[1]), rule.window
+        positions, jnp.arange(keys.entries.shape[1]), rule.window
     )
     visible = jnp.repeat(visible, num_kv_heads, axis=0)[:, None]
     heads = _attend(grouped.reshape(-1, *grouped.shape[2:]), keys, values, visible, rule)
@@ -135,14 +170,15 @@ def _attend_in_blocks(
         visible = _visible(jnp.arange(start, stop), jnp.arange(first, stop), rule.window)
         seen = slice(first, stop)
         block_queries = grouped[:, :, start:stop]
-        outputs.append(_attend(block_queries, keys[:, seen], values[:, seen], visible, rule))
+        heads = Heads(keys[:, seen]), Heads(values[:, seen])
+        outputs.append(_attend(block_queries, *heads, visible, rule))
     return _ungrouped(jnp.concatenate(outputs, axis=2))
 
 
 def _attend(
     queries: Float[Array, "K G T H"],
-    keys: Float[Array, "K S H"],
-    values: Float[Array, "K S H"],
+    keys: Heads,
+    values: Heads,
     visible: Bool[Array, "*#heads T S"],
     rule: ScoreRule,
 ) -> Float[Array, "K G T H"]:
@@ -153,17 +189,43 @@ def _attend(
     num_kv_heads, group, length, head_size = queries.shape
     # One matrix product per key/value head: the G queries of a position are rows like any other.
     rows = queries.reshape(num_kv_heads, group * length, head_size)
-    scores = jnp.einsum("kth,ksh->kts", rows, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(num_kv_heads, group, length, -1) * rule.scale
+    scores = _dots(rows, keys).reshape(num_kv_heads, group, length, -1) * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
-    weights = weights.astype(values.dtype).reshape(num_kv_heads, group * length, -1)
+    weights = weights.reshape(num_kv_heads, group * length, -1)
     # Dividing the H features after the sum is cheaper than the S weights before it.
-    sums = jnp.einsum("kts,ksh->kth", weights, values, preferred_element_type=jnp.float32)
-    return (sums.reshape(num_kv_heads, group, length, head_size) / total).astype(queries.dtype)
+    sums = _weighted_sums(weights, values, queries.dtype).reshape(queries.shape)
+    return (sums / total).astype(queries.dtype)
+
+
+def _dots(rows: Float[Array, "K R H"], keys: Heads) -> Float[Array, "K R S"]:
+    """Every row times every key, in float32."""
+    product = partial(jnp.einsum, "krh,ksh->krs", preferred_element_type=jnp.float32)
+    entries = keys.entries.astype(rows.dtype)
+    if keys.scale is None:
+        return product(rows, entries)
+    parts = [product(rows[..., i], entries[..., i]) * scale for i, scale in keys.groups()]
+    return sum(parts[1:], parts[0])
+
+
+def _weighted_sums(
+    weights: Float[Array, "K R S"], values: Heads, dtype: DTypeLike
+) -> Float[Array, "K R H"]:
+    """Sums of values by weights in [0, 1], which are rounded to a dtype; in float32."""
+    product = partial(jnp.einsum, "krs,ksh->krh", preferred_element_type=jnp.float32)
+    entries = values.entries.astype(dtype)
+    if values.scale is None:
+        return product(weights.astype(dtype), entries)
+    sums = []
+    for i, scale in values.groups():
+        # Relative to the largest, so that the product is no smaller than float16 can hold.
+        largest = jnp.max(jnp.abs(scale), axis=-1, keepdims=True, initial=_TINY)
+        scaled = (weights * (scale / largest)).astype(dtype)
+        sums.append(product(scaled, entries[..., i]) * largest)
+    return jnp.concatenate(sums, axis=-1)
 
 
 def _visible(

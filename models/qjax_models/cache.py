@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qjax import kv_cache
 from qjax.kv_cache import CacheScheme, Codes
+from qjax_models.attention import Heads
 
 
 class LayerKV(NamedTuple):
@@ -88,16 +88,15 @@ class Keeping(NamedTuple):
             kv_cache.encoded(values, self.scheme, self.value_scale),
         )
 
-    def read(
-        self, held: LayerKV, size: int, dtype: DTypeLike
-    ) -> tuple[Float[Array, "BK S H"], Float[Array, "BK S H"]]:
+    def read(self, held: LayerKV, size: int) -> tuple[Heads, Heads]:
         """The keys and values that are held, heads of some size."""
 
-        def heads(codes: Array | Codes, static: Array | None) -> Array:
+        def heads(codes: Array | Codes, static: Array | None) -> Heads:
             if not isinstance(codes, Codes):
-                return codes
+                return Heads(codes)
             assert self.scheme is not None  # else nothing would have been encoded
-            return kv_cache.decoded(codes, self.scheme, size, dtype, static)
+            factors = kv_cache.factors(codes, self.scheme, size, static)
+            return Heads(*factors, self.scheme.group_size)
 
         return heads(held.keys, self.key_scale), heads(held.values, self.value_scale)
 

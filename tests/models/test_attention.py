@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax import kv_cache
 from qjax_models import attention
-from qjax_models.attention import ScoreRule, cached_attention, causal_attention
+from qjax_models.attention import Heads, ScoreRule, cached_attention, causal_attention
 
 
 def plain_attention(queries, keys, values, rule):
@@ -66,12 +67,63 @@ def test_cached_attention_gives_the_last_queries_of_the_plain_formula(rule, num_
 
     found = cached_attention(
         jnp.float32(queries[rows, positions]),
-        head_major(keys),
-        head_major(values),
+        Heads(head_major(keys)),
+        Heads(head_major(values)),
         jnp.asarray(positions, jnp.int32),
         rule,
     )
     np.testing.assert_allclose(found, expected[rows, positions], atol=2e-6)
+
+
+def cached(queries, keys, values) -> np.ndarray:
+    positions = jnp.full((len(queries), 1), keys.entries.shape[1] - 1)
+    rule = ScoreRule(scale=0.3, window=20)
+    return np.asarray(cached_attention(queries, keys, values, positions, rule), np.float32)
+
+
+@pytest.mark.parametrize("name", kv_cache.SCHEMES)
+@pytest.mark.parametrize("size", [8, 80, 128, 192])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02)])
+def test_scales_that_multiply_last_give_what_decoded_heads_do(name, size, dtype, tolerance):
+    """In bfloat16 a decoded head is rounded again, by up to 2^-9, and attention to it."""
+    how, random = kv_cache.scheme(name), np.random.default_rng(0)
+    static = jnp.full(1, 4 / how.format.high) if how.static else None
+    queries = jnp.asarray(random.standard_normal((2, 1, 4, size)), dtype)
+    sizes = np.exp(random.normal(0, 1, (2, 4, 24, 1)))  # rows and heads, 2 x 2
+    keys, values = (
+        kv_cache.encoded(
+            jnp.asarray(random.standard_normal((4, 24, size)) * s, jnp.float32), how, static
+        )
+        for s in sizes
+    )
+    expected = cached(
+        queries, *(Heads(kv_cache.decoded(x, how, size, dtype, static)) for x in (keys, values))
+    )
+    found = cached(
+        queries,
+        *(Heads(*kv_cache.factors(x, how, size, static), how.group_size) for x in (keys, values)),
+    )
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_small_scales_do_not_drown_in_float16():
+    how, random = kv_cache.scheme("kv-int8"), np.random.default_rng(0)
+    queries, keys, values = (random.standard_normal((2, n, 8)) for n in (4, 24, 24))
+    queries = jnp.asarray(queries[:, None], jnp.float16)
+
+    def held(x):
+        kept = kv_cache.encoded(jnp.asarray(x, jnp.float32), how)
+        return Heads(*kv_cache.factors(kept, how, 8))
+
+    found = cached(queries, held(keys), held(1e-3 * values))
+    exact = cached(queries.astype(jnp.float32), held(keys), held(1e-3 * values))
+    np.testing.assert_allclose(found, exact, atol=2e-3 * np.abs(exact).max())
+
+
+def test_slots_that_hold_nothing_yet_add_nothing():
+    codes, scale = jnp.zeros((1, 4, 8), jnp.int8), jnp.zeros((1, 4, 1))
+    held = Heads(codes.at[0, 3].set(5), scale)
+    assert (cached(jnp.ones((1, 1, 1, 8)), held, held) == 0).all()
 
 
 def test_scores_stay_finite_and_exact_for_large_values():
