@@ -34,7 +34,7 @@ from qjax.assignment import Assignment
 from qjax.block_passes import Activations, BlockPass
 from qjax.blockwise import Block, Cache
 from qjax.layer_quantization import Inputs
-from qjax.method import Method
+from qjax.method import Method, Rescaling
 from qjax.observation import ExpertTokens, Observed
 from qjax.post_training import copied
 from qjax.report import LayerReport
@@ -109,7 +109,7 @@ def compile_ahead(block: Block, x: Float[Array, "B T D"], task: Task) -> None:
                 passing.keep(layers, [block_passes.input_shape(traced)])
         if not task.goes_on(block):
             passing.kept.clear()
-    elif method.rescaling is None:
+    else:
         traced = passing.traced(module, wanted=names, keep=False, **hessians)
         lowered.append(traced.lower())
     finished = copied(block.module)
@@ -228,7 +228,7 @@ def _largest_kept(
 
 
 def _rescaled(
-    block: Block, observed: Observed, hidden: Activations, options: rescaling.Rescaling, task: Task
+    block: Block, observed: Observed, hidden: Activations, options: Rescaling, task: Task
 ) -> Observed:
     schemes = {
         path: task.assigned.scheme(f"{block.path}/{path}")

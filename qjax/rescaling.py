@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding, for each place of a block where a factor can hide, the one under which rounding costs least.
 
-A few candidates come from a formula, AWQ's or SmoothQuant's; each is folded in, the layers behind it
-are rounded to nearest, and the block's output on some calibration tokens is compared with what it was.
-Where one weight follows and its input stays as it is, the same is read off the Hessian of its input.
+A few candidates come from a formula, that of AWQ, SmoothQuant or Outlier Suppression+; each is folded in,
+the layers behind it are rounded to nearest, and the block's output on some calibration tokens is compared
+with what it was. Where one weight follows and its input stays as it is, the same is read off the Hessian
+of its input.
 """
 
 import functools
@@ -18,15 +19,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qjax import activations, folding, nnx_layers, observation, qtensor
-from qjax.algorithms import awq, round_nearest, smoothquant
+from qjax.algorithms import awq, outlier_suppression, round_nearest, smoothquant
 from qjax.blockwise import Block, Fold
+from qjax.method import Rescaling
 from qjax.observation import Observed
 from qjax.qtensor import QTensor
 from qjax.scheme import Scheme
 from qjax.statistics import InputStatistics
 
 Model = TypeVar("Model", bound=nnx.Module)
-Rescaling = awq.Options | smoothquant.Options
 
 
 def rescale(
@@ -62,6 +63,8 @@ def rescale(
         inputs = observed[where.consumers[0]]
         weights = _weights(block.module, where)
         scales = candidates(weights, where, inputs, scheme, options)
+        if bool(jnp.all(scales == 1)):
+            continue
         graphdef, state = nnx.split(block.module)
         if len(weights) == 1 and scheme.activations is None and inputs.hessian is not None:
             (weight,) = weights
@@ -100,6 +103,9 @@ def candidates(
             relative = awq.relative_magnitude(weights, scheme.weights.group_size)
             relative = folding.gathered(where, relative).mean(axis=0)
             scales = [awq.scale(magnitudes, relative, ratio) for ratio in awq.RATIOS]
+        case outlier_suppression.Options():
+            magnitudes = folding.gathered(where, inputs.mean_magnitude).mean(axis=0)
+            scales = outlier_suppression.scales(magnitudes)
         case smoothquant.Options():
             magnitudes = folding.gathered(where, inputs.absmax).max(axis=0)
             largest = jnp.max(jnp.abs(jnp.concatenate(weights, axis=1)), axis=1)

@@ -46,13 +46,14 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=("gptq", "awq"), default=["gptq", "awq"])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
     parser.add_argument("--true-sequential", action="store_true", help="ours so")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, tokens = folder / "model", folder / "tokens.npy"
-        write_model(model)
+        write_model(model, args.layers)
         shape = args.samples, args.length
         np.save(tokens, np.random.default_rng(0).integers(0, CONFIG["vocab_size"], shape, np.int32))
         for method in args.method:
@@ -70,7 +71,7 @@ def main() -> None:
                 *(("--true-sequential",) if args.true_sequential else ()),
             ]
             theirs = [sys.executable, _PEER, model, "w4a16-g128", method, tokens, folder / method]
-            row = {"method": method, "qjax": timed(ours, folder)}
+            row = {"method": method, "layers": args.layers, "qjax": timed(ours, folder)}
             if not args.no_peer:
                 row["llm_compressor"] = timed(theirs, folder)
                 row["ratio"] = round(row["llm_compressor"] / row["qjax"], 2)
@@ -79,11 +80,12 @@ def main() -> None:
     print(json.dumps({"machine": machine}))
 
 
-def write_model(path: Path) -> None:
+def write_model(path: Path, layers: int) -> None:
     """A directory of random weights, with the tokenizer of the model that ships with qjax."""
-    model = Decoder(config_from_hf(CONFIG), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    config = CONFIG | {"num_hidden_layers": layers}
+    model = Decoder(config_from_hf(config), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     source = shipped.model_path()
-    save(model, Checkpoint(model=model, config=CONFIG, path=source, kind="plain"), path, "dense")
+    save(model, Checkpoint(model=model, config=config, path=source, kind="plain"), path, "dense")
 
 
 def timed(command: list[object], folder: Path) -> float:

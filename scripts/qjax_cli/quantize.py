@@ -13,9 +13,9 @@ fit and add up to least. Queries, keys and values go together, gate and up too. 
 method's rounding, but for what is done to blocks as wholes, and with the whole model in memory. The
 choice and the losses that it was made by are told, and stand in the report.
 
-A method is one algorithm or a chain of them, such as gptq or rotation+awq+gptq: rotation first, then awq
-or smoothquant, then gptq, then learned; each may be left out, and rtn stands for none. llm-int8 stands by
-itself.
+A method is one algorithm or a chain of them, such as gptq or rotation+awq+gptq: rotation first, then one
+of awq, smoothquant and outlier-suppression, then gptq, then learned; each may be left out, and rtn stands
+for none. llm-int8 stands by itself.
 
 Methods but rtn and rotation look at what the layers multiply on some text that the model is to be good
 at: --calib takes text files, or token windows as a .npy file. So do schemes with -static, whatever the
@@ -89,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         default="rtn",
         help="rtn: round to nearest (default); gptq: later weights make up for errors; awq, "
-        "smoothquant: important or outlying channels are rescaled first; rotation: before that, "
-        "channels are mixed until none is an outlier; learned: the layers of a "
+        "smoothquant, outlier-suppression: all channels or outliers are rescaled first; rotation: before "
+        "that, channels are mixed until none is an outlier; learned: the layers of a "
         "block are trained together for what comes out of it; llm-int8: inputs with outliers stay in 16 "
         "bits (w8a8, --format orbax); best: the chain that measured best, for w4a4 with a rotation where "
         "the format holds it (--format orbax)",

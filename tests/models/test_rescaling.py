@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AWQ's search in a decoder block is that of a plain loop over the paper's formula."""
+"""The searches of AWQ and Outlier Suppression+ in a decoder block are plain loops over the papers' formulas."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,8 +11,8 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax import observation, rescaling
-from qjax.algorithms import awq
+from qjax import folding, observation, rescaling
+from qjax.algorithms import awq, outlier_suppression
 from qjax.blockwise import Blockwise
 from qjax_models import Decoder, DecoderConfig, blockwise
 
@@ -45,7 +46,9 @@ def setting() -> Setting:
             sizes = np.exp(rng.normal(0, 1, module.kernel.shape[:1]))
             module.kernel[...] *= jnp.asarray(sizes, jnp.float32)[:, None]
     for norm in (block.input_layernorm, block.post_attention_layernorm):
-        norm.weight[...] = jnp.asarray(np.exp(rng.normal(0, 1, 32)), jnp.float32)
+        factors = np.exp(rng.normal(0, 1, 32))
+        factors[rng.choice(32, 2, replace=False)] *= 10
+        norm.weight[...] = jnp.asarray(factors, jnp.float32)
     return Setting(chain, jnp.asarray(rng.standard_normal((4, 16, 32)), jnp.float32))
 
 
@@ -101,8 +104,27 @@ def rounded(kernel, scheme):
     return qjax.dequantize(qjax.quantize(kernel, scheme), jnp.float32)
 
 
-def by_the_paper(setting: Setting, scheme: str, group: int, monkeypatch):
-    """Each place in turn: all ratios and doing nothing, the least loss wins. The block, and the losses."""
+def awq_scales(s_x: np.ndarray, s_w: np.ndarray) -> list[np.ndarray]:
+    """AWQ's formula at all of its ratios."""
+    scales = []
+    for step in range(20):
+        s = np.maximum(s_x ** (step / 20) / (s_w ** (1 - step / 20) + 1e-4), 1e-4)
+        scales.append(s / np.sqrt(s.max() * s.min()))
+    return scales
+
+
+def outlier_scales(s_x: np.ndarray, s_w: np.ndarray) -> list[np.ndarray]:
+    """That of Outlier Suppression+ at all of its thresholds, where a channel stands out."""
+    largest, median = s_x.max(), np.median(s_x)
+    if largest <= 6 * median:
+        return []
+    thresholds = np.geomspace(largest, median, 21)[1:]
+    outlying = s_x > 6 * median
+    return [np.where(outlying, np.maximum(1, s_x / t), 1) for t in thresholds]
+
+
+def by_the_paper(setting: Setting, scheme: str, group: int, formula: Callable, monkeypatch):
+    """Each place in turn: all factors and doing nothing, the least loss wins. The block, and the losses."""
     block, tables = copy(setting.chain.blocks[0].module), []
     context = setting.chain.blocks[0].context
 
@@ -118,10 +140,7 @@ def by_the_paper(setting: Setting, scheme: str, group: int, monkeypatch):
         tiles = w.reshape(-1, group, w.shape[1])
         relative = (tiles / (tiles.max(axis=1, keepdims=True) + 1e-6)).reshape(w.shape).mean(axis=1)
         s_x, s_w = shared(np.abs(x).mean(axis=0), feeds), shared(relative, feeds)
-        scales = [np.ones_like(s_x)]
-        for step in range(20):
-            s = np.maximum(s_x ** (step / 20) / (s_w ** (1 - step / 20) + 1e-4), 1e-4)
-            scales.append(s / np.sqrt(s.max() * s.min()))
+        scales = [np.ones_like(s_x), *formula(s_x, s_w)]
         target, losses = run(block), []
         for scale in scales:
             tried = copy(block)
@@ -143,9 +162,16 @@ def by_the_paper(setting: Setting, scheme: str, group: int, monkeypatch):
 # Symmetric ranges put the largest weight of each group halfway between two codes: a tie, which the last
 # bit of a factor decides.
 @pytest.mark.parametrize("scheme", ["w3a16-g16-asym", "w4a16-g8-asym"])
-def test_awq_chooses_what_the_paper_s_loop_chooses(setting, scheme, monkeypatch):
+@pytest.mark.parametrize(
+    "options, formula",
+    [(awq.Options(), awq_scales), (outlier_suppression.Options(), outlier_scales)],
+    ids=["awq", "outlier-suppression"],
+)
+def test_what_is_chosen_is_what_the_paper_s_loop_chooses(
+    setting, scheme, options, formula, monkeypatch
+):
     group = int(scheme.split("-g")[1].split("-")[0])
-    expected, losses = by_the_paper(setting, scheme, group, monkeypatch)
+    expected, losses = by_the_paper(setting, scheme, group, formula, monkeypatch)
     block = setting.chain.blocks[0]
     watched = copy(block.module)
     observed = observation.observe(
@@ -154,9 +180,7 @@ def test_awq_chooses_what_the_paper_s_loop_chooses(setting, scheme, monkeypatch)
     schemes = {
         path.replace(".", "/"): qjax.Scheme.parse(scheme) for _, f, _ in PLACES for path in f
     }
-    rescaling.rescale(
-        block, observed, schemes, awq.Options(), setting.samples, setting.chain.apply, None
-    )
+    rescaling.rescale(block, observed, schemes, options, setting.samples, setting.chain.apply, None)
     for (path, found), wanted in zip(
         nnx.to_flat_state(nnx.state(block.module)),
         jax.tree.leaves(nnx.state(expected)),
@@ -164,6 +188,57 @@ def test_awq_chooses_what_the_paper_s_loop_chooses(setting, scheme, monkeypatch)
     ):
         np.testing.assert_allclose(found[...], wanted, rtol=1e-4, err_msg=str(path))
     # The losses differ by enough that another choice would show, and doing nothing is never best.
-    for table in losses:
+    searched = [table for table in losses if len(table) > 1]
+    assert len(searched) >= 2
+    for table in searched:
         least, next_least = sorted(table)[:2]
         assert table[0] > 1.05 * least and next_least > 1.0005 * least
+
+
+def a_model(outliers: bool) -> Decoder:
+    """Four of 64 channels of each norm 48 times as large and the weights behind them as much smaller, or not."""
+    config = DecoderConfig(
+        vocab_size=64, hidden_size=64, mlp_size=96, num_layers=2, num_heads=HEADS,
+        num_kv_heads=KV_HEADS, head_size=16, max_positions=16,
+    )  # fmt: skip
+    model, rng = Decoder(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    for block in blockwise(model, 16).blocks:
+        for where in block.folds:
+            if where.producer.path.endswith("norm") and outliers:
+                scale = np.ones(64, np.float32)
+                scale[rng.choice(64, 4, replace=False)] = 1 / 48
+                folding.fold(block.module, where, jnp.asarray(scale))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 64, (32, 16)).astype(np.int32)
+
+
+def quantized(model: Decoder, tokens: np.ndarray, method: str) -> Decoder:
+    return qjax.quantize_sequentially(model, blockwise, tokens, "w4a16-g32-asym", method=method)[0]
+
+
+def test_a_model_without_outliers_is_left_alone(tokens):
+    model = a_model(outliers=False)
+    expected = quantized(model, tokens, "gptq")
+    found = quantized(model, tokens, "outlier-suppression+gptq")
+    assert all(
+        (a == b).all()
+        for a, b in zip(
+            jax.tree.leaves(nnx.state(found)), jax.tree.leaves(nnx.state(expected)), strict=True
+        )
+    )
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_outliers_cost_nothing_where_they_are_suppressed(tokens, rounding):
+    lost = {}
+    chain = "outlier-suppression" if rounding == "rtn" else f"outlier-suppression+{rounding}"
+    for outliers, method in ((False, rounding), (True, rounding), (True, chain)):
+        model = a_model(outliers)
+        found = qjax.evaluate(quantized(model, tokens, method), tokens, baseline=model)
+        lost[outliers, method] = found.kl
+    assert lost[True, rounding] > 2 * lost[False, rounding]
+    assert lost[True, chain] < 1.15 * lost[False, rounding]

@@ -480,7 +480,7 @@ def test_the_best_method_depends_on_the_schemes():
     chains = [
         Method.parse("best", recipe=qjax.Recipe.from_json(rules[:count])).name for count in (2, 3)
     ]
-    assert chains == ["gptq+learned", "smoothquant+gptq+learned"]
+    assert chains == ["outlier-suppression+gptq+learned", "smoothquant+gptq+learned"]
     for scheme, turned in (("w4a4", True), ("w4a4-g8-static", True), ("w4a8", False)):
         rotated = Method.parse("best", recipe=qjax.Recipe.uniform(scheme), may_rotate=True)
         assert (rotated.rotated is not None) == turned and rotated.learned is not None
@@ -495,7 +495,7 @@ def test_methods_read_their_own_names():
     chains = set(names()) - {"best"}
     for name in chains:
         assert Method.parse(name).name == name
-    assert len(chains) == 25 and {"learned", "rotation+smoothquant+gptq+learned"} < chains
+    assert len(chains) == 33 and {"learned", "rotation+smoothquant+gptq+learned"} < chains
     assert dataclasses.replace(Method.parse("gptq"), rounding=None).name == "rtn"
 
 

@@ -64,7 +64,7 @@ def test_quantized_directory_is_smaller_complete_and_as_good_as_in_memory(
 @pytest.mark.one_version  # whole commands; the parts have tests of their own
 @pytest.mark.parametrize(
     ("method", "chain"),
-    [("gptq", "gptq"), ("awq+gptq", "awq+gptq"), ("best", "gptq+learned")],
+    [("gptq", "gptq"), ("awq+gptq", "awq+gptq"), ("best", "outlier-suppression+gptq+learned")],
 )
 def test_calibrated_methods(qjax, source, tokens, tmp_path, method, chain):
     out, calibration = tmp_path / "out", tmp_path / "text.txt"
