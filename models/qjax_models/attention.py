@@ -28,8 +28,9 @@ MIN_QUERY_BLOCK = 128
 MAX_CUDNN_HEAD_SIZE = 128
 # cuDNN has no program for a few tokens, or for some odd numbers of them.
 MIN_CUDNN_LENGTH, CUDNN_LENGTH_STEP = 128, 8
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 MAX_QUERY_BLOCKS = 8  # unrolled in the program, so more of them only lengthen compilation
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,10 +43,11 @@ ROWS = {
         "awq+gptq",
         "rotation+gptq",
         "awq+gptq+learned",
+        "gptq+learned",
         "best",
     ),
     "w4a16-g128-asym": ("rtn", "gptq", "awq", "awq+gptq", "best"),
-    "w3a16-g128": ("rtn", "gptq", "awq+gptq+learned", "best"),
+    "w3a16-g128": ("rtn", "gptq", "awq+gptq+learned", "gptq+learned", "best"),
     "w2a16-g64": ("rtn", "gptq", "awq+gptq+learned", "best"),
     "w8a8": ("rtn", "smoothquant", "llm-int8", "best"),
     "w8a8-static": ("rtn", "smoothquant", "best"),
@@ -66,7 +67,7 @@ PEER_ROWS = {
 # The same of the model that outlier_channels.py writes.
 OUTLIER_ROWS = {
     "w8a8": ("rtn", "smoothquant", "llm-int8", "best"),
-    "w4a16-g128": ("rtn", "gptq", "awq", "awq+gptq+learned", "best"),
+    "w4a16-g128": ("rtn", "gptq", "awq", "awq+gptq+learned", "gptq+learned", "best"),
 }
 OUTLIER_PEER_ROWS = {"w8a8": ("smoothquant",), "w4a16-g128": ("gptq", "awq")}
 MODELS = {"shipped": (ROWS, PEER_ROWS), "outliers": (OUTLIER_ROWS, OUTLIER_PEER_ROWS)}
