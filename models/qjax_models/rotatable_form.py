@@ -48,7 +48,8 @@ def rotatable(model: Decoder, recipe: str | Recipe) -> Decoder:
         False
     """
     recipe = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
-    _check_rotatable(model.config)
+    if why := why_not_rotatable(model.config):
+        raise ValueError(f"rotation: {why}: take a method without it")
     for path, q in quantized_layers(model).items():
         raise ValueError(f"{path}: already quantized to {q.format.name}; start from the original")
     online = model.config.online_hadamard or _needs_online_hadamard(recipe)
@@ -61,28 +62,22 @@ def rotatable(model: Decoder, recipe: str | Recipe) -> Decoder:
         result.lm_head.kernel.set_value(_transposed(table))
     if online and not model.config.online_hadamard:
         for block in result.model.layers:
-            assert not isinstance(block, ExpertsBlock)  # see _check_rotatable
+            assert not isinstance(block, ExpertsBlock)  # see why_not_rotatable
             _turn_inputs(block.mlp.down_proj)
     return result
 
 
-def _check_rotatable(config: DecoderConfig) -> None:
-    """Checks that a rotation passes through the residual stream of decoders of this shape.
-
-    Raises:
-        ValueError: it does not.
-    """
+def why_not_rotatable(config: DecoderConfig) -> str | None:
+    """Why no rotation passes through the residual stream of decoders of this shape; None: one does."""
     if config.post_norms:
-        raise ValueError(
-            "rotation: this model normalizes what each block adds to the residual stream and multiplies "
-            "it channel by channel (post_attention_layernorm, post_feedforward_layernorm); no rotation "
-            "passes through that: take a method without it"
+        return (
+            "this model normalizes what each block adds to the residual stream and multiplies it channel "
+            "by channel (post_attention_layernorm, post_feedforward_layernorm), and no rotation passes "
+            "through that"
         )
     if config.experts is not None:
-        raise ValueError(
-            "rotation: the norm before the experts feeds their router, too, which stays as it is; "
-            "take a method without it"
-        )
+        return "the norm before the experts feeds their router, too, which stays as it is"
+    return None
 
 
 def _needs_online_hadamard(recipe: Recipe) -> bool:

@@ -62,7 +62,7 @@ from qjax_cli import budget, text
 from qjax_cli.arguments import scheme, whole_number
 from qjax_cli.console import Console
 from qjax_cli.text import read_text
-from qjax_models import Decoder, DecoderConfig, blockwise, rotatable
+from qjax_models import Decoder, DecoderConfig, blockwise, rotatable, why_not_rotatable
 
 # How layers are going to be held: the rules, or the words of a budget that will choose them.
 Plan = qjax.Recipe | str
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that, channels are mixed until none is an outlier; learned: the layers of a "
         "block are trained together for what comes out of it; llm-int8: inputs with outliers stay in 16 "
         "bits (w8a8, --format orbax); best: the chain that measured best, for w4a4 with a rotation where "
-        "the format holds it (--format orbax)",
+        "the format holds it (--format orbax) and the model lets it through",
     )
     parser.add_argument(
         "--range",
@@ -190,7 +190,7 @@ def _streamed(
 ) -> QuantizationReport:
     """Part by part, from directory to directory."""
     plain = abstract_plain(source)
-    model = _prepared(args, plain, plan, how)
+    model, how = _prepared(args, plain, plan, how, console)
     tokens = _tokens(args, model.config)
     identity = streaming.identify(
         source,
@@ -241,7 +241,7 @@ def _in_memory(
         choice = budget.choose(args, source.model, tokens, how, console)
         console.note(budget.shown(choice))
         plan = choice.recipe
-    model = _prepared(args, source.model, plan, how)
+    model, how = _prepared(args, source.model, plan, how, console)
     check_format(model, plan, args.format)
     _note_untied(source.model, model, console)
     model, report = _quantized(args, model, tokens, plan, how, console)
@@ -254,22 +254,28 @@ def _as_json(report: QuantizationReport, choice: qjax.Choice | None) -> dict[str
     return report.as_json() | ({} if choice is None else {"choice": choice.as_json()})
 
 
-def _prepared(args: argparse.Namespace, model: Decoder, plan: Plan, how: qjax.Method) -> Decoder:
-    """The model in the form that the method works on, with room for the scales of its cache."""
+def _prepared(
+    args: argparse.Namespace, model: Decoder, plan: Plan, how: qjax.Method, console: Console
+) -> tuple[Decoder, qjax.Method]:
+    """The model in the form that the method works on, with room for the scales of its cache; the method.
+
+    The method is another where the best one has a rotation, and none passes through the model.
+    """
     if args.kv_cache is not None:
         model = model.with_kv_cache(args.kv_cache)
     if how.rotated is None:
-        return model
+        return model, how
     assert isinstance(plan, qjax.Recipe)  # see _method
-    try:
-        return rotatable(model, plan)
-    except ValueError as error:
-        if args.method != method.BEST:
-            raise
-        plainer = qjax.Method.parse(method.BEST, recipe=plan).name
-        raise ValueError(
-            f"{error} (best is {how.name} here, and without a rotation --method {plainer})"
-        ) from error
+    why = why_not_rotatable(model.config)
+    if why and args.method == method.BEST:
+        how = qjax.Method.parse(method.BEST, _search(args), plan)
+        console.note(f"best is {how.name} here, without a rotation: {why}")
+        return model, how
+    return rotatable(model, plan), how
+
+
+def _search(args: argparse.Namespace) -> qjax.RangeSearch | None:
+    return qjax.RangeSearch(method=args.range) if args.range else None
 
 
 def _note_untied(before: Decoder, after: Decoder, console: Console) -> None:
@@ -335,7 +341,6 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
       ValueError: it is not for a scheme of the recipe, or the format does not hold what it makes; it
         needs calibration and has no data, or has some that it does not look at.
     """
-    search = qjax.RangeSearch(method=args.range) if args.range else None
     # Candidates are of weights alone: one stands for all.
     recipe = qjax.Recipe.uniform(budget.candidates(args)[0]) if isinstance(plan, str) else plan
 
@@ -343,7 +348,7 @@ def _method(args: argparse.Namespace, plan: Plan) -> qjax.Method:
         return qjax.Method.parse(name, recipe=recipe).looks_at_inputs(recipe)
 
     may_rotate = args.format == "orbax"
-    how = qjax.Method.parse(args.method, search, recipe, may_rotate=may_rotate)
+    how = qjax.Method.parse(args.method, _search(args), recipe, may_rotate=may_rotate)
     if how.outliers is not None and isinstance(plan, str):
         raise ValueError(
             f"--method {how.name} is for w8a8, and a budget chooses among schemes of weights alone: "

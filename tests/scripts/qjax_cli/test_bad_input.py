@@ -219,15 +219,6 @@ def test_scheme_that_the_format_cannot_hold_is_refused_before_the_work(quantize,
     fails(quantize("w4a16-g48"), "model/layers/0/", "48", "64", "32")
 
 
-def test_best_through_a_model_that_no_rotation_passes_names_what_does(qjax, tmp_path):
-    gemma, tokens = Path(__file__).parents[2] / "golden" / "gemma2", tmp_path / "tokens.npy"
-    np.save(tokens, np.zeros((8, 32), np.int32))
-    options = ("--scheme", "w4a4-channel", "--method", "best", "--calib", tokens)
-    done = qjax("quantize", gemma, tmp_path / "out", *options, "--format", "orbax")
-    fails(done, "no rotation passes", "without a rotation --method smoothquant+gptq+learned")
-    assert not (tmp_path / "out").exists()
-
-
 def test_output_that_exists(qjax, source, tmp_path):
     (tmp_path / "out").mkdir()
     fails(qjax("quantize", source, tmp_path / "out", "--scheme", "w8a16-g32"), "out", "exists")

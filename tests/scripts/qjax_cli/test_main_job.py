@@ -3,6 +3,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,27 @@ def test_calibrated_methods(qjax, source, tokens, tmp_path, method, chain):
     assert all(layer["damping"] == pytest.approx(0.01) for layer in quantized)
     judged = qjax("eval", out, "--tokens", tokens, "--baseline", source, "--json")
     assert judged.status == 0 and 0 < judged.json["kl"] < 0.5
+
+
+@pytest.mark.one_version  # whole commands; the parts have tests of their own
+def test_best_goes_without_a_rotation_where_none_passes_through_the_model(qjax, tmp_path):
+    gemma, tokens = Path(__file__).parents[2] / "golden" / "gemma2", tmp_path / "tokens.npy"
+    vocabulary = json.loads((gemma / "config.json").read_text())["vocab_size"]
+    np.save(tokens, np.random.default_rng(0).integers(0, vocabulary, (16, 32)).astype(np.int32))
+
+    def quantized(method):
+        words = "--scheme", "w4a4-channel", "--method", method, "--calib", tokens
+        return qjax("quantize", gemma, tmp_path / method, *words, "--format", "orbax")
+
+    done = quantized("best")
+    assert done.status == 0, done.err
+    assert "best is smoothquant+gptq+learned here, without a rotation: this model" in done.err
+    report = json.loads((tmp_path / "best" / "qjax_report.json").read_text())
+    assert {x["method"] for x in report["layers"] if x["scheme"]} == {"smoothquant+gptq+learned"}
+    refused = quantized("rotation+gptq")
+    assert (
+        refused.status and "no rotation passes through that: take a method without" in refused.err
+    )
 
 
 @pytest.mark.one_version  # whole commands; the parts have tests of their own
