@@ -169,7 +169,7 @@ class Attention(nnx.Module):
             mixed = causal_attention(queries, *seen, self.rule, self.implementation)
         else:
             kv = cached.write(kv, positions)
-            seen = keeping.read(kv, self.config.head_size)
+            seen = keeping.read(kv, self.config.head_size, queries.dtype)
             mixed = cached_attention(queries, *seen, positions, self.rule)
         mixed = keeping.turned_back(mixed)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), kv
