@@ -196,7 +196,7 @@ def find_cache_scales(block: Block, hidden: Activations, task: Task) -> None:
             x,
             block.context,
             kept=task.cache.kept,
-            compute_dtype=block_passes.compute_dtype(),
+            compute_dtype=block_passes.compute_dtype(x.dtype),
         )
         largest = np.maximum(largest, np.asarray(found))
     scales = kv_cache.scales_of(block.module)
@@ -235,15 +235,9 @@ def _rescaled(
         for layers in observed.layers
         for path in layers
     }
-    return rescaling.rescale(
-        block,
-        observed,
-        schemes,
-        options,
-        _samples(hidden),
-        task.apply,
-        block_passes.compute_dtype(),
-    )
+    samples = _samples(hidden)
+    dtype = block_passes.compute_dtype(samples.dtype)
+    return rescaling.rescale(block, observed, schemes, options, samples, task.apply, dtype)
 
 
 def _samples(hidden: Activations, most: int = 4096) -> Float[Array, "B T D"]:
@@ -360,7 +354,7 @@ def _learn(
         targets,
         apply=task.apply,
         options=method.learned,
-        compute_dtype=block_passes.compute_dtype(),
+        compute_dtype=block_passes.compute_dtype(inputs[0].dtype),
     )
     layers = dict(nnx_layers.quantizable_layers(quantized))
     before = dict(nnx_layers.quantizable_layers(was.module))

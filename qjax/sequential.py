@@ -183,7 +183,7 @@ def _enter(
         storage.load(path, modules[path])
     for batch in batches:
         x = blockwise.enter(_over_the_mesh(jnp.asarray(batch), modules))
-        hidden.append(x.astype(block_passes.compute_dtype() or x.dtype))
+        hidden.append(x.astype(block_passes.compute_dtype(x.dtype) or x.dtype))
     for path in blockwise.entrance:
         storage.release(path, modules[path])
 

@@ -157,15 +157,29 @@ def _gram(x: Num[Array, "rows k"]) -> Float[Array, "k k"]:
     Products of 16-bit floats are exact in float32, where the tensor cores of a GPU add them up; float32
     is multiplied as such and not in fewer bits.
     """
-    width = math.ceil(x.shape[1] / _STRIPS)
-    strips = [x[:, i : i + width] for i in range(0, x.shape[1], width)]
-    lower = [[_product(a, b) for b in strips[: i + 1]] for i, a in enumerate(strips)]
+    width, rows_at = math.ceil(x.shape[1] / _STRIPS), 0
+    cuts = list(range(width, x.shape[1], width))
+    if x.dtype.itemsize == 2 and jax.default_backend() == "cpu":
+        x, rows_at = _transposed(x), 1
+    strips = jnp.split(x, cuts, axis=1 - rows_at)
+    lower = [[_product(a, b, rows_at) for b in strips[: i + 1]] for i, a in enumerate(strips)]
     rows = [
         lower[i] + [lower[j][i].T for j in range(i + 1, len(strips))] for i in range(len(strips))
     ]
     return jnp.concatenate([jnp.concatenate(row, axis=1) for row in rows])
 
 
-def _product(a: Num[Array, "rows i"], b: Num[Array, "rows j"]) -> Float[Array, "i j"]:
-    over_rows = (((0,), (0,)), ((), ()))
+def _transposed(x: Num[Array, "rows k"]) -> Num[Array, "k rows"]:
+    """A copy, where XLA would go over the rows as they lie.
+
+    On a CPU its products of 16-bit floats are fast where what is summed over lies beside each other:
+    ``x^T x`` of [8192, 1024] takes 30 ms, copy and all, 78 otherwise (2 cores with AMX, jax 0.11.2,
+    2026-11-29).
+    """
+    in_a_row = lax.optimization_barrier(x.T.reshape(-1))
+    return lax.optimization_barrier(in_a_row.reshape(x.shape[::-1]))
+
+
+def _product(a: Num[Array, "..."], b: Num[Array, "..."], rows_at: int) -> Float[Array, "i j"]:
+    over_rows = (((rows_at,), (rows_at,)), ((), ()))
     return lax.dot_general(a, b, over_rows, precision="highest", preferred_element_type=jnp.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qjax import block_passes, nnx_layers
+from qjax import block_passes, cpu, nnx_layers
 from qjax.block_passes import BlockPass
 from qjax.spilled import SpilledArrays
 from qjax_models import Decoder, DecoderConfig, blockwise
@@ -53,6 +53,35 @@ def test_a_block_halts_once_for_each_input():
     assert passing.halts(["mlp/up_proj", "self_attn/o_proj"]) == [
         ("self_attn/o_proj",), ("mlp/up_proj",)
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about CPUs")
+@pytest.mark.parametrize("has_products", [False, True])
+def test_bfloat16_is_computed_as_such_where_the_cpu_can(monkeypatch, has_products):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: has_products)
+    assert block_passes.compute_dtype(jnp.bfloat16) is (None if has_products else jnp.float32)
+    assert block_passes.compute_dtype(jnp.float16) is jnp.float32
+    assert block_passes.compute_dtype(jnp.float32) is jnp.float32
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about CPUs")
+def test_passes_in_bfloat16_see_and_give_what_those_in_float32_do(monkeypatch):
+    chain = blockwise(Decoder(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), LENGTH)
+    x = jax.random.normal(jax.random.key(1), (4, LENGTH, 32), jnp.bfloat16)
+    module, found, given = chain.blocks[0].module, [], []
+    for has_products in (False, True):
+        monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda has=has_products: has)
+        hidden = [x.astype(block_passes.compute_dtype(x.dtype) or x.dtype)]
+        passing = BlockPass(block=chain.blocks[0], hidden=hidden, apply=chain.apply)
+        found.append(passing.observed(module, wanted(passing), hessians=True)[0])
+        passing.finish(module)
+        given.append(passing.hidden[0])
+    assert [g.dtype for g in given] == [jnp.float32, jnp.bfloat16]
+    # A few roundings to eight bits one after the other.
+    assert jnp.linalg.norm(given[1] - given[0]) <= 2**-6 * jnp.linalg.norm(given[0])
+    for path in wanted(passing):
+        wide, narrow = (some[path].hessian for some in found)
+        assert jnp.linalg.norm(narrow - wide) <= 2**-5 * jnp.linalg.norm(wide)
 
 
 @pytest.mark.parametrize("room", [0, 2, 6])

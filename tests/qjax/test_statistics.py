@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of rows of which some do not count, and what is done where those that do are too few."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,3 +62,16 @@ def test_enough_rows_stay_as_they_are(x):
 
 def test_where_all_rows_are_too_few_there_are_as_many_as_all(x):
     assert int(statistics.filled_up(of_rows(x[:1]), of_rows(x[:4]), WIDTH).rows) == 4
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 130])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_hessian_is_the_exact_sum_of_products(width, dtype):
+    rows = jax.random.normal(jax.random.key(2), (33, width)).astype(dtype)
+    found = jax.jit(functools.partial(statistics.of_rows, hessian=True))(rows).hessian
+    assert found.dtype == jnp.float32
+    exact = np.asarray(rows, np.float64)
+    # The sum of 33 products in float32, whose terms are as large as those of the columns' norms.
+    norms = np.sqrt(np.sum(exact**2, axis=0))
+    bound = 33 * 2.0**-24 * np.outer(norms, norms)
+    assert (np.abs(found - exact.T @ exact) <= bound).all()
