@@ -16,9 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
-from pallas_kernels import ptx
-from pallas_kernels.machine import Half, Machine, Operand, Pointer, Rows
+from pallas_kernels import mosaic_words, ptx
+from pallas_kernels.machine import Half, Machine, Operand, Rows
 from pallas_kernels.mosaic_reals import MosaicReals
+from pallas_kernels.mosaic_words import MosaicPointer, MosaicWord
 
 # The upper half of descriptors: how rows are swizzled (128 bytes: 1; 64 bytes: 2), and sixteens of bytes
 # from eight rows to the next.
@@ -71,117 +72,6 @@ def launch(
     return kernel(*operands)
 
 
-def _index(word: "MosaicWord") -> ir.Value:
-    return arith.index_castui(ir.IndexType.get(), word.value)
-
-
-def _integer(value: int, type_: ir.Type) -> ir.Value:
-    # MLIR takes the attribute's value as signed.
-    signed = value - 2**32 if type_ == ptx.i32() and value >= 2**31 else value
-    return arith.constant(type_, ir.IntegerAttr.get(type_, signed))
-
-
-class MosaicWord:
-    """A 32-bit unsigned value of each thread, with the operators of integers."""
-
-    def __init__(self, value: ir.Value):
-        """Wraps an i32."""
-        self.value = value
-
-    def _with(self, operation: Callable[..., Any], other: "MosaicWord | int") -> "MosaicWord":
-        return MosaicWord(operation(self.value, _value(other)))
-
-    def __add__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Sum."""
-        return self._with(arith.addi, other)
-
-    def __mul__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Product."""
-        return self._with(arith.muli, other)
-
-    def __floordiv__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Quotient."""
-        return self._with(arith.divui, other)
-
-    def __mod__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Remainder."""
-        return self._with(arith.remui, other)
-
-    def __and__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Bits of both."""
-        return self._with(arith.andi, other)
-
-    def __or__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Bits of either."""
-        return self._with(arith.ori, other)
-
-    def __xor__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Bits of one alone."""
-        return self._with(arith.xori, other)
-
-    def __lshift__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Towards the high bits."""
-        return self._with(arith.shli, other)
-
-    def __rshift__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Towards the low bits."""
-        return self._with(arith.shrui, other)
-
-    def __lt__(self, other: "MosaicWord | int") -> "MosaicWord":
-        """Comparison; the result is a condition."""
-        less = arith.CmpIPredicate.ult
-        return MosaicWord(arith.cmpi(less, self.value, _value(other)))
-
-
-def _value(word: "MosaicWord | int") -> ir.Value:
-    return word.value if isinstance(word, MosaicWord) else _integer(word, ptx.i32())
-
-
-class MosaicPointer(Pointer):
-    """A 64-bit address of each thread."""
-
-    def __init__(self, address: ir.Value):
-        """Wraps an i64."""
-        self.address = address
-
-    def load(self, offset: int, count: int, *, once: bool = False) -> list[MosaicWord]:
-        """One load instruction; the arrays of a kernel do not change while it runs (`.nc`)."""
-        cache = ".L1::no_allocate.L2::128B" if once else ""
-        vector, names = (f".v{count}", "{" + ",".join(f"${i}" for i in range(count)) + "}")
-        if count == 1:
-            vector, names = "", "$0"
-        text = f"ld.global.nc{cache}{vector}.b32 {names}, [${count}+{4 * offset}];"
-        outs = ",".join(["=r"] * count)
-        result = ptx.i32() if count == 1 else llvm.StructType.get_literal([ptx.i32()] * count)
-        loaded = ptx.pure(result, [self.address], text, f"{outs},l")
-        if count == 1:
-            return [MosaicWord(loaded)]
-        return [MosaicWord(llvm.extractvalue(ptx.i32(), loaded, [i])) for i in range(count)]
-
-    def load_where(self, offset: int, where: MosaicWord) -> MosaicWord:
-        """One predicated load."""
-        condition = arith.extui(ptx.i32(), where.value)
-        text = (
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; "
-            f"@p ld.global.nc.b32 $0, [$1+{4 * offset}]; }}"
-        )
-        return MosaicWord(ptx.pure(ptx.i32(), [self.address, condition], text, "=&r,l,r"))
-
-    def advanced(self, count: MosaicWord | int, each: int = 1) -> "MosaicPointer":
-        """Further on, in 64 bits."""
-        return MosaicPointer(arith.addi(self.address, _bytes(count, 4 * each)))
-
-
-def _bytes(index: MosaicWord | int, size: int) -> ir.Value:
-    """An index as a 64-bit count of bytes."""
-    wide = arith.extui(ptx.i64(), _value(index))
-    return arith.muli(wide, _integer(size, ptx.i64()))
-
-
-def _address(array: ir.Value) -> ir.Value:
-    return llvm.ptrtoint(ptx.i64(), utils.memref_ptr(array))
-
-
 class MosaicMachine(MosaicReals, Machine):
     """One block of threads; see :class:`pallas_kernels.machine.Machine`."""
 
@@ -204,12 +94,17 @@ class MosaicMachine(MosaicReals, Machine):
 
     def pointer(self, array: ir.Value, word: MosaicWord) -> MosaicPointer:
         """The address of a word."""
-        return MosaicPointer(arith.addi(_address(array), _bytes(word, 4)))
+        return MosaicPointer(
+            arith.addi(mosaic_words.address_of(array), mosaic_words.byte_count(word, 4))
+        )
 
     def store(self, array: ir.Value, index: MosaicWord, value: ir.Value, where: MosaicWord) -> None:
         """One store in a branch: a predicate would need registers that the assembler does not have."""
         dtype = ir.MemRefType(array.type).element_type
-        address = arith.addi(_address(array), _bytes(index, 4 if dtype == ptx.f32() else 2))
+        address = arith.addi(
+            mosaic_words.address_of(array),
+            mosaic_words.byte_count(index, 4 if dtype == ptx.f32() else 2),
+        )
         branch = scf.IfOp(where.value)
         with ir.InsertionPoint(branch.then_block):
             rounded = value if dtype == ptx.f32() else arith.truncf(dtype, value)
@@ -220,7 +115,7 @@ class MosaicMachine(MosaicReals, Machine):
         """One load, and what makes a float32 of it."""
         dtype = ir.MemRefType(array.type).element_type
         size = 4 if dtype == ptx.f32() else 2
-        address = arith.addi(_address(array), _bytes(index, size))
+        address = arith.addi(mosaic_words.address_of(array), mosaic_words.byte_count(index, size))
         value = llvm.load(dtype, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
         return value if dtype == ptx.f32() else arith.extf(ptx.f32(), value)
 
@@ -243,7 +138,10 @@ class MosaicMachine(MosaicReals, Machine):
         """One vector load."""
         row_type = ir.VectorType.get((count,), ptx.i32())
         row = llvm.load(row_type, self._shared_place(index, offset), alignment=4 * count)
-        return [MosaicWord(llvm.extractelement(row, _integer(i, ptx.i32()))) for i in range(count)]
+        return [
+            MosaicWord(llvm.extractelement(row, mosaic_words.integer(i, ptx.i32())))
+            for i in range(count)
+        ]
 
     def _shared_address(self, index: MosaicWord) -> ir.Value:
         """As the 32-bit address of PTX's `shared` window."""
@@ -359,12 +257,12 @@ class MosaicMachine(MosaicReals, Machine):
         """The same of a global array."""
         columns = 128 // utils.bytewidth(ir.MemRefType(array.type).element_type)
         return (
-            utils.DynamicSlice(_index(token), tokens),
-            utils.DynamicSlice(_index(column), columns),
+            utils.DynamicSlice(mosaic_words.index_of(token), tokens),
+            utils.DynamicSlice(mosaic_words.index_of(column), columns),
         )
 
     def _arrival(self, arrival: MosaicWord) -> utils.BarrierRef:
-        zero = _integer(0, ptx.i32())
+        zero = mosaic_words.integer(0, ptx.i32())
         return utils.BarrierRef(self._shared_place(arrival), zero, zero, 1)
 
     def wait_for(self, arrival: MosaicWord, turn: MosaicWord) -> None:
@@ -407,25 +305,25 @@ class MosaicMachine(MosaicReals, Machine):
 
     def word(self, value: int) -> MosaicWord:
         """A constant."""
-        return MosaicWord(_integer(value, ptx.i32()))
+        return MosaicWord(mosaic_words.integer(value, ptx.i32()))
 
     def minimum(self, a: MosaicWord, b: MosaicWord | int) -> MosaicWord:
         """The lesser."""
-        return MosaicWord(arith.minui(a.value, _value(b)))
+        return MosaicWord(arith.minui(a.value, mosaic_words.value_of(b)))
 
     def loop(
         self, count: MosaicWord, carry: Sequence[Any], body: Callable[..., Sequence[Any]]
     ) -> list[Any]:
         """A loop of the device; words and reals are carried in registers."""
         index = ir.IndexType.get()
-        start, step = _integer(0, index), _integer(1, index)
-        raw = [_raw(value) for value in carry]
+        start, step = mosaic_words.integer(0, index), mosaic_words.integer(1, index)
+        raw = [mosaic_words.raw(value) for value in carry]
         op = scf.ForOp(start, arith.index_cast(index, count.value), step, raw)
         with ir.InsertionPoint(op.body):
             i = MosaicWord(arith.index_cast(ptx.i32(), op.induction_variable))
-            new = body(i, [_wrapped(value) for value in op.inner_iter_args])
-            scf.yield_([_raw(value) for value in new])
-        return [_wrapped(value) for value in op.results]
+            new = body(i, [mosaic_words.wrapped(value) for value in op.inner_iter_args])
+            scf.yield_([mosaic_words.raw(value) for value in new])
+        return [mosaic_words.wrapped(value) for value in op.results]
 
     def from_lane(self, value: ir.Value, lane: MosaicWord) -> ir.Value:
         """One instruction."""
@@ -523,7 +421,7 @@ class MosaicMachine(MosaicReals, Machine):
         """One instruction for each i, and the commit of them together."""
         # Registers of A and C must be written before the fence; what LLVM takes for pure it could move.
         in_registers = [words for words in a if not isinstance(words, Rows)]
-        flat = [_raw(v) for values in (*in_registers, *(sums or ())) for v in values]
+        flat = [mosaic_words.raw(v) for values in (*in_registers, *(sums or ())) for v in values]
         flat = ptx.pinned("wgmma.fence.sync.aligned;", flat)
         size, count = 4 * len(in_registers), tokens // 2
         descriptor = self._descriptor(tile, 8 * step, _WIDE_ROWS)
@@ -540,7 +438,7 @@ class MosaicMachine(MosaicReals, Machine):
             for i, part in enumerate(a)
         ]
         ptx.ordered("wgmma.commit_group.sync.aligned;", [], "")
-        return [[_wrapped(value) for value in values] for values in results]
+        return [[mosaic_words.wrapped(value) for value in values] for values in results]
 
     def _descriptor(self, place: MosaicWord, words: int, rows: int) -> ir.Value:
         """Of a K-major operand that lies so many words after a place.
@@ -549,16 +447,14 @@ class MosaicMachine(MosaicReals, Machine):
         """
         sixteens = MosaicWord(self._shared_address(place)) >> 4
         low = arith.extui(ptx.i64(), (sixteens + (words // 4 | 1 << 16)).value)
-        return arith.ori(low, _integer(rows << 32, ptx.i64()))
+        return arith.ori(low, mosaic_words.integer(rows << 32, ptx.i64()))
 
     def wait(self, pending: int, sums: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """What is returned passes through the instruction, so that no use of it comes before."""
-        flat = [_raw(value) for values in sums for value in values]
+        flat = [mosaic_words.raw(value) for values in sums for value in values]
         flat = ptx.pinned(f"wgmma.wait_group.sync.aligned {pending};", flat)
-        count = len(sums[0])
-        return [
-            [_wrapped(value) for value in flat[i : i + count]] for i in range(0, len(flat), count)
-        ]
+        values, count = [mosaic_words.wrapped(value) for value in flat], len(sums[0])
+        return [values[i : i + count] for i in range(0, len(values), count)]
 
 
 def _order_where(
@@ -568,11 +464,3 @@ def _order_where(
     condition = arith.extui(ptx.i32(), where.value)
     guarded = f"{{ .reg .pred p; setp.ne.b32 p, ${len(operands)}, 0; @p {text} }}"
     ptx.ordered(guarded, [*operands, condition], f"{constraints},r,~{{memory}}")
-
-
-def _raw(value: Any) -> ir.Value:
-    return value.value if isinstance(value, MosaicWord) else value
-
-
-def _wrapped(value: ir.Value) -> Any:
-    return MosaicWord(value) if isinstance(value.type, ir.IntegerType) else value

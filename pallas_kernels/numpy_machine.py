@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int64, UInt32
 
-from pallas_kernels import numpy_reals, numpy_words
+from pallas_kernels import numpy_products, numpy_reals, numpy_words
 from pallas_kernels.machine import Half, Machine, Operand, Pointer, Rows
+from pallas_kernels.numpy_products import Pending
 from pallas_kernels.numpy_reals import NumpyReals
 from pallas_kernels.numpy_waiting import Arrival, Turns
 
@@ -461,37 +462,14 @@ class NumpyMachine(NumpyReals, Machine):
         left, right = (
             [numpy_words.halves(half, w).astype(np.float32) for w in words] for words in (a, b)
         )
-        return self._multiplied(left, right, c, np.float32)
+        return numpy_products.of_warps(self.thread, left, right, c, np.float32)
 
     def mma_int8(self, a: Sequence[Words], b: Sequence[Words], c: Sequence[Words]) -> list[Words]:
         """Products of integers; a sum beyond int32 wraps, as it does on the device."""
         left, right = (
             [numpy_words.bytes_in(w).view(np.int8).astype(np.int32) for w in ws] for ws in (a, b)
         )
-        return self._multiplied(left, right, c, np.uint32)
-
-    def _multiplied(
-        self, a: Sequence[np.ndarray], b: Sequence[np.ndarray], c: Sequence[Any], dtype: Any
-    ) -> list[Any]:
-        """Gathers the fragments of each warp, multiplies, scatters the result.
-
-        A fragment's words hold ``run`` neighbours along the summed axis: 2 halves or 4 bytes.
-        """
-        lane = self.thread.astype(np.int64) % 32
-        warp, g, quad = np.arange(len(lane)) // 32, lane // 4, lane % 4
-        warps, run = len(lane) // 32, a[0].shape[-1]
-        left = np.empty((warps, 16, 8 * run), a[0].dtype)
-        right = np.empty((warps, 8 * run, 8), b[0].dtype)
-        total = np.empty((warps, 16, 8), dtype)
-        for e in range(run):
-            for i in range(4):
-                left[warp, g + 8 * (i % 2), run * quad + e + 4 * run * (i // 2)] = a[i][:, e]
-            for i in range(2):
-                right[warp, run * quad + e + 4 * run * i, g] = b[i][:, e]
-        for i in range(4):
-            total[warp, g + 8 * (i // 2), 2 * quad + i % 2] = c[i]
-        total = total + (left @ right).astype(dtype)
-        return [total[warp, g + 8 * (i // 2), 2 * quad + i % 2] for i in range(4)]
+        return numpy_products.of_warps(self.thread, left, right, c, np.uint32)
 
     def wgmma(
         self,
@@ -501,7 +479,7 @@ class NumpyMachine(NumpyReals, Machine):
         step: int,
         sums: Sequence[Sequence[Any]] | None,
         tokens: int,
-    ) -> list[list["Pending"]]:
+    ) -> list[list[Pending]]:
         """Multiplies at once, and remembers what must not change until it is waited for."""
         if tokens % 8 or (kind == "int8" and tokens > 32 and tokens % 16):
             raise ValueError(f"there is no product of {tokens} tokens of {kind}")
@@ -521,8 +499,10 @@ class NumpyMachine(NumpyReals, Machine):
                 left = numpy_words.elements(kind, self._shared[places].reshape(-1))
                 left = left.reshape(4 * len(places), 16, -1)
             else:
-                left = self._left(kind, part)
-            results.append([Pending(t) for t in self._warpgroup_product(kind, left, right, values)])
+                words = [numpy_words.elements(kind, word) for word in part]
+                left = numpy_products.rows_of(self.thread, words)
+            product = numpy_products.of_warpgroups(self.thread, kind, left, right, values)
+            results.append(product)
         self._under_way.append(read)
         return results
 
@@ -542,32 +522,6 @@ class NumpyMachine(NumpyReals, Machine):
             raise ValueError("wgmma reads shared memory that nobody has written")
         return places
 
-    def _left(self, kind: Operand, a: Sequence[Words]) -> np.ndarray:
-        """16 rows of each warp, from the registers of its lanes."""
-        lane = self.thread.astype(np.int64) % 32
-        warp, g, quad = np.arange(len(lane)) // 32, lane // 4, lane % 4
-        rows = [numpy_words.elements(kind, word) for word in a]
-        run = rows[0].shape[-1]
-        left = np.empty((len(lane) // 32, 16, 8 * run), rows[0].dtype)
-        for i, row in enumerate(rows):
-            for e in range(run):
-                left[warp, g + 8 * (i % 2), run * quad + e + 4 * run * (i // 2)] = row[:, e]
-        return left
-
-    def _warpgroup_product(
-        self, kind: Operand, left: np.ndarray, right: np.ndarray, sums: Sequence[Any]
-    ) -> list[Any]:
-        lane = self.thread.astype(np.int64) % 32
-        warp, g, quad = np.arange(len(lane)) // 32, lane // 4, lane % 4
-        product = left @ right  # warp, row, token
-        product = product.view(np.uint32) if kind == "int8" else product
-        result = []
-        for i, value in enumerate(sums):
-            token = 8 * (i // 4) + 2 * quad + i % 2
-            value = value.value if isinstance(value, Pending) else value
-            result.append(value + product[warp, g + 8 * (i // 2 % 2), token])
-        return result
-
     def wait(self, pending: int, sums: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """Turns sums into numbers once nothing is under way."""
         done = max(len(self._under_way) - pending, 0)
@@ -576,10 +530,3 @@ class NumpyMachine(NumpyReals, Machine):
         if pending:
             return [list(values) for values in sums]
         return [[v.value if isinstance(v, Pending) else v for v in values] for values in sums]
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A sum that is under way: no number until it is waited for."""
-
-    value: Any

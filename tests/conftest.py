@@ -17,7 +17,9 @@ from jaxtyping import install_import_hook
 # The interpreter of kernels calls a function for every instruction of theirs. Under jaxtyping's hook a call
 # takes four times as long as the instruction; beartype by itself still checks that words are uint32 and
 # reals float32, one for each thread.
-_INTERPRETER = [f"pallas_kernels.numpy_{name}" for name in ("machine", "reals", "words", "waiting")]
+_INTERPRETER = [
+    f"pallas_kernels.numpy_{name}" for name in ("machine", "products", "reals", "words", "waiting")
+]
 for module in _INTERPRETER:
     beartype_package(module, conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 
