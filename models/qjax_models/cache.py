@@ -90,22 +90,27 @@ class Keeping(NamedTuple):
         )
 
     def read(self, held: LayerKV, size: int, dtype: DTypeLike) -> tuple[Heads, Heads]:
-        """The keys and values that are held, heads of some size, for products in a dtype.
-
-        On a CPU they are decoded: products of bfloat16 that convert codes themselves take XLA two to
-        three times as long there, and less than half as long on a GPU (docs/kv_cache.md).
-        """
+        """The keys and values that are held, heads of some size, for products in a dtype."""
 
         def heads(codes: Array | Codes, static: Array | None) -> Heads:
             if not isinstance(codes, Codes):
                 return Heads(codes)
             assert self.scheme is not None  # else nothing would have been encoded
-            if jax.default_backend() == "cpu":
+            if decodes_first():
                 return Heads(kv_cache.decoded(codes, self.scheme, size, dtype, static))
             factors = kv_cache.factors(codes, self.scheme, size, static)
             return Heads(*factors, self.scheme.group_size)
 
         return heads(held.keys, self.key_scale), heads(held.values, self.value_scale)
+
+
+def decodes_first() -> bool:
+    """Whether codes are decoded before the products of attention, not in them.
+
+    Products of bfloat16 that convert codes themselves take XLA two to three times as long on a CPU, and
+    less than half as long on a GPU (docs/kv_cache.md).
+    """
+    return jax.default_backend() == "cpu"
 
 
 class KVCache(NamedTuple):

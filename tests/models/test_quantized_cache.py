@@ -11,7 +11,7 @@ from flax import nnx
 
 from qjax import Method, Recipe, kv_cache, nnx_layers, quantize_sequentially
 from qjax.algorithms import rotation
-from qjax_models import Decoder, DecoderConfig, blockwise, rotatable
+from qjax_models import Decoder, DecoderConfig, blockwise, cache, rotatable
 from qjax_models.config import ExpertsConfig
 
 SIZES = {
@@ -146,17 +146,33 @@ def test_token_by_token_gives_what_the_whole_sequence_does(scheme, family):
     model = calibrated(decoder(family)) if scheme == KV else decoder(family).with_kv_cache(scheme)
     whole = model.hidden(SEQUENCES)
     prompt = 10
-    hidden, cache = model.prefill(SEQUENCES[:, :prompt], jnp.full(len(TOKENS), prompt), 30)
+    hidden, kept = model.prefill(SEQUENCES[:, :prompt], jnp.full(len(TOKENS), prompt), 30)
     steps = [hidden]
     for t in range(prompt, TOKENS.shape[1]):
-        hidden, cache = model.extend(SEQUENCES[:, t : t + 1], cache)
+        hidden, kept = model.extend(SEQUENCES[:, t : t + 1], kept)
         steps.append(hidden)
-    held = {codes.codes.dtype.name for layer in cache.layers for codes in layer}
+    held = {codes.codes.dtype.name for layer in kept.layers for codes in layer}
     codes = {"kv-int8": "int8", "kv-int4": "uint8"}
     assert held == {codes.get(scheme, "float8_e4m3fn")}
     stepwise = np.concatenate(steps, axis=1)
     assert np.median(np.abs(stepwise - whole)) < 1e-5 * float(jnp.abs(whole).max())
     np.testing.assert_allclose(stepwise, whole, atol=0.03 * float(jnp.abs(whole).max()))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "family"), [("kv-int8", "llama"), ("kv-int4", "gemma2"), (KV, "qwen3")]
+)
+def test_codes_that_go_into_the_products_give_what_decoded_ones_do(monkeypatch, scheme, family):
+    model = calibrated(decoder(family)) if scheme == KV else decoder(family).with_kv_cache(scheme)
+    _, held = model.prefill(SEQUENCES[:, :-1], jnp.full(len(TOKENS), 23), 30)
+    given, programs = [], set()
+    for decodes_first in (True, False):
+        monkeypatch.setattr(cache, "decodes_first", lambda first=decodes_first: first)
+        step = jax.jit(lambda held: model.extend(SEQUENCES[:, -1:], held)[0])
+        programs.add(str(jax.make_jaxpr(step)(held)))
+        given.append(step(held))
+    assert len(programs) == 2
+    np.testing.assert_allclose(*given, atol=1e-5 * float(jnp.abs(given[0]).max()))
 
 
 def test_the_cache_takes_a_quarter_of_float32():
@@ -246,8 +262,8 @@ def test_bfloat16():
         jnp.dtype("float32")
     }
     whole = model.hidden(SEQUENCES).astype(jnp.float32)
-    _, cache = model.prefill(SEQUENCES[:, :-1], jnp.full(len(TOKENS), 23), 30)
-    last, _ = model.extend(SEQUENCES[:, -1:], cache)
+    _, kept = model.prefill(SEQUENCES[:, :-1], jnp.full(len(TOKENS), 23), 30)
+    last, _ = model.extend(SEQUENCES[:, -1:], kept)
     error = jnp.linalg.norm(last[:, 0] - whole[:, -1]) / jnp.linalg.norm(whole[:, -1])
     assert float(error) < 0.05
 
