@@ -34,7 +34,7 @@ from qjax import (
 from qjax.assignment import Assignment
 from qjax.block_passes import Activations
 from qjax.block_quantization import Task
-from qjax.blockwise import Blockwise
+from qjax.blockwise import Block, Blockwise
 from qjax.method import Method
 from qjax.nnx_layers import QuantizableLayer, named_variables
 from qjax.observation import ExpertTokens
@@ -131,35 +131,24 @@ def quantize_sequentially(
         cache=blockwise.cache,
     )
     hidden, unquantized = (SpilledArrays(spill) if spill else [] for _ in range(2))
-    if looks_at_inputs and any(storage.finished(b.path) is None for b in blockwise.blocks):
+    unfinished = [block for block in blockwise.blocks if storage.finished(block.path) is None]
+    if looks_at_inputs and unfinished:
         batches = np.array_split(tokens, range(batch_size, len(tokens), batch_size))
         for wanted in (hidden, unquantized) if method.learned else (hidden,):
             _enter(wanted, batches, blockwise, storage, modules)
     done: dict[str, LayerReport] = {}
-    compiled = False
     for block in blockwise.blocks:
-        blank = copied(block.module)
-        reports = storage.finished(block.path)
-        if reports is None or len(unquantized):
-            storage.load(block.path, block.module)
-        if reports is None and len(hidden) and not compiled:
-            block_quantization.compile_ahead(block, hidden[0], task)
-            compiled = True
-        task.passing(block, unquantized).finish(block.module)
-        passing, begun = task.passing(block, hidden), reports is None
-        if reports is None:
-            reports = block_quantization.quantize_block(passing, unquantized, task)
-            block_quantization.find_cache_scales(block, hidden, task)
-            storage.keep(block.path, block.module, reports)
+        reports = _through(
+            block,
+            hidden,
+            unquantized,
+            storage,
+            task,
+            is_first=bool(unfinished) and block is unfinished[0],
+            is_last=block is blockwise.blocks[-1],
+            on_step=on_step,
+        )
         done |= {report.path: report for report in reports}
-        on_step(f"{block.path} quantized")
-        if len(hidden) and block is not blockwise.blocks[-1]:
-            storage.recall(block.path, block.module)
-            simulated = rescaling.simulated(blank, block.module)
-            block_quantization.pass_on(passing, simulated, task, begun=begun)
-        del blank, passing  # the only other holder of a block's weights
-        storage.release(block.path, block.module)
-        on_step(f"{block.path} passed")
     for path, layer in assigned.layers.items():
         if path not in done:
             done[path] = _outside_the_blocks(path, layer, assigned, method, storage)
@@ -169,6 +158,53 @@ def quantize_sequentially(
         layers=tuple(done[path] for path in assigned.layers),
         unmatched_rules=assigned.unmatched_rules,
     )
+
+
+def _through(
+    block: Block,
+    hidden: Activations,
+    unquantized: Activations,
+    storage: Storage,
+    task: Task,
+    *,
+    is_first: bool,
+    is_last: bool,
+    on_step: Callable[[str], None],
+) -> tuple[LayerReport, ...]:
+    """Quantizes a block, unless that is done already, and takes the activations through it.
+
+    Args:
+      block: shapes in place of arrays where the storage has them; so again afterwards.
+      hidden: what reaches it behind quantized blocks, none where nobody looks; changed in place.
+      unquantized: behind blocks as they were, where rounding is learned; likewise.
+      storage: where the weights come from and go to.
+      task: how.
+      is_first: whether no block was quantized before, in this process.
+      is_last: whether nothing follows that would look at what leaves it.
+      on_step: as for :func:`quantize_sequentially`.
+    """
+    blank = copied(block.module)
+    reports = storage.finished(block.path)
+    begun = reports is None
+    if begun or len(unquantized):
+        storage.load(block.path, block.module)
+    if is_first and len(hidden):
+        block_quantization.compile_ahead(block, hidden[0], task)
+    task.passing(block, unquantized).finish(block.module)
+    passing = task.passing(block, hidden)
+    if reports is None:
+        reports = block_quantization.quantize_block(passing, unquantized, task)
+        block_quantization.find_cache_scales(block, hidden, task)
+        storage.keep(block.path, block.module, reports)
+    on_step(f"{block.path} quantized")
+    if len(hidden) and not is_last:
+        storage.recall(block.path, block.module)
+        simulated = rescaling.simulated(blank, block.module)
+        block_quantization.pass_on(passing, simulated, task, begun=begun)
+    del blank, passing  # the only other holder of a block's weights
+    storage.release(block.path, block.module)
+    on_step(f"{block.path} passed")
+    return reports
 
 
 def _enter(
