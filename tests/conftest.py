@@ -17,11 +17,8 @@ from jaxtyping import install_import_hook
 # The interpreter of kernels calls a function for every instruction of theirs. Under jaxtyping's hook a call
 # takes four times as long as the instruction; beartype by itself still checks that words are uint32 and
 # reals float32, one for each thread.
-_INTERPRETER = [
-    f"pallas_kernels.numpy_{name}" for name in ("machine", "products", "reals", "words", "waiting")
-]
-for module in _INTERPRETER:
-    beartype_package(module, conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
+_INTERPRETER = "pallas_kernels.numpy_machine"
+beartype_package(_INTERPRETER, conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 
 # Here and not by --jaxtyping-packages: jaxtyping 0.3.11 splits that option in the wrong place when the
 # checker has arguments. PEP 484's tower lets an int stand where a float is asked for.
@@ -29,7 +26,7 @@ _KERNELS = pkgutil.iter_modules(
     [str(Path(__file__).parents[1] / "pallas_kernels")], "pallas_kernels."
 )
 install_import_hook(
-    [module.name for module in _KERNELS if module.name not in _INTERPRETER]
+    [module.name for module in _KERNELS if module.name != _INTERPRETER]
     + ["qjax", "qjax_models", "qjax_checkpoints", "qjax_cli"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )

@@ -8,8 +8,8 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import ptx
 from pallas_kernels.machine import Pointer
+from pallas_kernels.mosaic_machine import ptx
 
 
 def index_of(word: "MosaicWord") -> ir.Value:

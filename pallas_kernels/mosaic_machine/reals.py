@@ -4,7 +4,7 @@
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import ptx
+from pallas_kernels.mosaic_machine import ptx
 
 
 class MosaicReals:

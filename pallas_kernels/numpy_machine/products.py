@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.machine import Operand
-from pallas_kernels.numpy_words import Words
+from pallas_kernels.numpy_machine.words import Words
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int64, UInt32
 
-from pallas_kernels import numpy_products, numpy_reals, numpy_words
 from pallas_kernels.machine import Half, Machine, Operand, Pointer, Rows
-from pallas_kernels.numpy_products import Pending
-from pallas_kernels.numpy_reals import NumpyReals
-from pallas_kernels.numpy_waiting import Arrival, Turns
-
-Words = numpy_words.Words
-Reals = numpy_reals.Reals
+from pallas_kernels.numpy_machine import products
+from pallas_kernels.numpy_machine.products import Pending
+from pallas_kernels.numpy_machine.reals import NumpyReals, Reals
+from pallas_kernels.numpy_machine.waiting import Arrival, Turns
+from pallas_kernels.numpy_machine.words import (
+    Words,
+    bytes_in,
+    elements,
+    halves,
+    inside_rows,
+    inside_tokens,
+    joined,
+)
 
 
 def run(
@@ -256,7 +262,7 @@ class NumpyMachine(NumpyReals, Machine):
             rows = np.zeros((tokens, 32), np.uint32)
             present = words[first : first + tokens, left : left + 32]
             rows[: len(present)] = present
-            places = start + numpy_words.inside_tokens(tokens, 0, 32)
+            places = start + inside_tokens(tokens, 0, 32)
             self._begin(arrival[thread], places.reshape(-1), rows.reshape(-1))
 
     def copy_out(
@@ -267,7 +273,7 @@ class NumpyMachine(NumpyReals, Machine):
             start, first, left = (int(word[thread]) for word in (place, token, output))
             if start % 256:
                 raise IndexError(f"results at {start} of shared memory, must be a multiple of 256")
-            places = start + numpy_words.inside_tokens(tokens, 0, 32)
+            places = start + inside_tokens(tokens, 0, 32)
             self._check_readable(places, np.full(places.size, thread // 128))
             self._going_out.update(places.reshape(-1).tolist())
             rows = self._shared[places].view(array.dtype)
@@ -420,25 +426,21 @@ class NumpyMachine(NumpyReals, Machine):
 
     def half_pair(self, half: Half, low: Reals, high: Reals) -> Words:
         """To the nearest."""
-        return numpy_words.joined(half, np.stack([low, high], axis=-1))
+        return joined(half, np.stack([low, high], axis=-1))
 
     def half_pair_minus(self, half: Half, a: Words, b: Words) -> Words:
         """Pair by pair."""
-        wide = numpy_words.halves(half, a).astype(np.float32) - numpy_words.halves(half, b).astype(
-            np.float32
-        )
-        return numpy_words.joined(half, wide)
+        wide = halves(half, a).astype(np.float32) - halves(half, b).astype(np.float32)
+        return joined(half, wide)
 
     def half_pair_times(self, half: Half, a: Words, b: Words) -> Words:
         """Pair by pair."""
-        wide = numpy_words.halves(half, a).astype(np.float32) * numpy_words.halves(half, b).astype(
-            np.float32
-        )
-        return numpy_words.joined(half, wide)
+        wide = halves(half, a).astype(np.float32) * halves(half, b).astype(np.float32)
+        return joined(half, wide)
 
     def bytes_of(self, a: Words, b: Words, places: int) -> Words:
         """Gathers them."""
-        given = np.concatenate([numpy_words.bytes_in(a), numpy_words.bytes_in(b)], axis=-1)
+        given = np.concatenate([bytes_in(a), bytes_in(b)], axis=-1)
         chosen = given[:, [places >> 4 * i & 7 for i in range(4)]]
         return np.ascontiguousarray(chosen).view(np.uint32).reshape(-1)
 
@@ -448,28 +450,24 @@ class NumpyMachine(NumpyReals, Machine):
 
     def e4m3_as_half(self, word: Words, which: str) -> Words:
         """Every value is one of float16 too."""
-        values = numpy_words.bytes_in(word).view(jnp.float8_e4m3fn).astype(np.float32)
-        return numpy_words.joined("float16", values[:, :2] if which == "low" else values[:, 2:])
+        values = bytes_in(word).view(jnp.float8_e4m3fn).astype(np.float32)
+        return joined("float16", values[:, :2] if which == "low" else values[:, 2:])
 
     def half_as_real(self, half: Half, pair: Words, which: str) -> Reals:
         """Low or high half."""
-        return numpy_words.halves(half, pair)[:, 0 if which == "low" else 1].astype(np.float32)
+        return halves(half, pair)[:, 0 if which == "low" else 1].astype(np.float32)
 
     def mma(
         self, half: Half, a: Sequence[Words], b: Sequence[Words], c: Sequence[Reals]
     ) -> list[Reals]:
         """Products of float32 matrices."""
-        left, right = (
-            [numpy_words.halves(half, w).astype(np.float32) for w in words] for words in (a, b)
-        )
-        return numpy_products.of_warps(self.thread, left, right, c, np.float32)
+        left, right = ([halves(half, w).astype(np.float32) for w in words] for words in (a, b))
+        return products.of_warps(self.thread, left, right, c, np.float32)
 
     def mma_int8(self, a: Sequence[Words], b: Sequence[Words], c: Sequence[Words]) -> list[Words]:
         """Products of integers; a sum beyond int32 wraps, as it does on the device."""
-        left, right = (
-            [numpy_words.bytes_in(w).view(np.int8).astype(np.int32) for w in ws] for ws in (a, b)
-        )
-        return numpy_products.of_warps(self.thread, left, right, c, np.uint32)
+        left, right = ([bytes_in(w).view(np.int8).astype(np.int32) for w in ws] for ws in (a, b))
+        return products.of_warps(self.thread, left, right, c, np.uint32)
 
     def wgmma(
         self,
@@ -486,22 +484,20 @@ class NumpyMachine(NumpyReals, Machine):
         if sums is None:
             nothing = self.word(0) if kind == "int8" else self.real(0.0)
             sums = [[nothing] * (tokens // 2) for _ in a]
-        places = self._operand(tile, 256, numpy_words.inside_tokens(tokens, 2 * step, 8))
-        right = numpy_words.elements(kind, self._shared[places].reshape(-1))
+        places = self._operand(tile, 256, inside_tokens(tokens, 2 * step, 8))
+        right = elements(kind, self._shared[places].reshape(-1))
         right = np.repeat(right.reshape(len(places), tokens, -1), 4, axis=0).swapaxes(1, 2)
         read, results = set(places.reshape(-1).tolist()), []
         for part, values in zip(a, sums, strict=True):
             if isinstance(part, Rows):
-                places = self._operand(
-                    part.place + part.words, 128, numpy_words.inside_rows(part.part)
-                )
+                places = self._operand(part.place + part.words, 128, inside_rows(part.part))
                 read.update(places.reshape(-1).tolist())
-                left = numpy_words.elements(kind, self._shared[places].reshape(-1))
+                left = elements(kind, self._shared[places].reshape(-1))
                 left = left.reshape(4 * len(places), 16, -1)
             else:
-                words = [numpy_words.elements(kind, word) for word in part]
-                left = numpy_products.rows_of(self.thread, words)
-            product = numpy_products.of_warpgroups(self.thread, kind, left, right, values)
+                words = [elements(kind, word) for word in part]
+                left = products.rows_of(self.thread, words)
+            product = products.of_warpgroups(self.thread, kind, left, right, values)
             results.append(product)
         self._under_way.append(read)
         return results

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Emits a kernel of :mod:`pallas_kernels.machine` into a Mosaic GPU kernel, and launches it.
-
-With :mod:`pallas_kernels.ptx` the only file that imports Mosaic's internals (``inline_mgpu`` and MLIR):
-their names move between releases of JAX.
-"""
+"""Emits a kernel of :mod:`pallas_kernels.machine` into a Mosaic GPU kernel, and launches it."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -16,10 +12,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
-from pallas_kernels import mosaic_words, ptx
 from pallas_kernels.machine import Half, Machine, Operand, Rows
-from pallas_kernels.mosaic_reals import MosaicReals
-from pallas_kernels.mosaic_words import MosaicPointer, MosaicWord
+from pallas_kernels.mosaic_machine import ptx
+from pallas_kernels.mosaic_machine.reals import MosaicReals
+from pallas_kernels.mosaic_machine.words import (
+    MosaicPointer,
+    MosaicWord,
+    address_of,
+    byte_count,
+    index_of,
+    integer,
+    raw,
+    value_of,
+    wrapped,
+)
 
 # The upper half of descriptors: how rows are swizzled (128 bytes: 1; 64 bytes: 2), and sixteens of bytes
 # from eight rows to the next.
@@ -94,16 +100,14 @@ class MosaicMachine(MosaicReals, Machine):
 
     def pointer(self, array: ir.Value, word: MosaicWord) -> MosaicPointer:
         """The address of a word."""
-        return MosaicPointer(
-            arith.addi(mosaic_words.address_of(array), mosaic_words.byte_count(word, 4))
-        )
+        return MosaicPointer(arith.addi(address_of(array), byte_count(word, 4)))
 
     def store(self, array: ir.Value, index: MosaicWord, value: ir.Value, where: MosaicWord) -> None:
         """One store in a branch: a predicate would need registers that the assembler does not have."""
         dtype = ir.MemRefType(array.type).element_type
         address = arith.addi(
-            mosaic_words.address_of(array),
-            mosaic_words.byte_count(index, 4 if dtype == ptx.f32() else 2),
+            address_of(array),
+            byte_count(index, 4 if dtype == ptx.f32() else 2),
         )
         branch = scf.IfOp(where.value)
         with ir.InsertionPoint(branch.then_block):
@@ -115,7 +119,7 @@ class MosaicMachine(MosaicReals, Machine):
         """One load, and what makes a float32 of it."""
         dtype = ir.MemRefType(array.type).element_type
         size = 4 if dtype == ptx.f32() else 2
-        address = arith.addi(mosaic_words.address_of(array), mosaic_words.byte_count(index, size))
+        address = arith.addi(address_of(array), byte_count(index, size))
         value = llvm.load(dtype, llvm.inttoptr(ir.Type.parse("!llvm.ptr<1>"), address))
         return value if dtype == ptx.f32() else arith.extf(ptx.f32(), value)
 
@@ -138,10 +142,7 @@ class MosaicMachine(MosaicReals, Machine):
         """One vector load."""
         row_type = ir.VectorType.get((count,), ptx.i32())
         row = llvm.load(row_type, self._shared_place(index, offset), alignment=4 * count)
-        return [
-            MosaicWord(llvm.extractelement(row, mosaic_words.integer(i, ptx.i32())))
-            for i in range(count)
-        ]
+        return [MosaicWord(llvm.extractelement(row, integer(i, ptx.i32()))) for i in range(count)]
 
     def _shared_address(self, index: MosaicWord) -> ir.Value:
         """As the 32-bit address of PTX's `shared` window."""
@@ -257,12 +258,12 @@ class MosaicMachine(MosaicReals, Machine):
         """The same of a global array."""
         columns = 128 // utils.bytewidth(ir.MemRefType(array.type).element_type)
         return (
-            utils.DynamicSlice(mosaic_words.index_of(token), tokens),
-            utils.DynamicSlice(mosaic_words.index_of(column), columns),
+            utils.DynamicSlice(index_of(token), tokens),
+            utils.DynamicSlice(index_of(column), columns),
         )
 
     def _arrival(self, arrival: MosaicWord) -> utils.BarrierRef:
-        zero = mosaic_words.integer(0, ptx.i32())
+        zero = integer(0, ptx.i32())
         return utils.BarrierRef(self._shared_place(arrival), zero, zero, 1)
 
     def wait_for(self, arrival: MosaicWord, turn: MosaicWord) -> None:
@@ -305,25 +306,25 @@ class MosaicMachine(MosaicReals, Machine):
 
     def word(self, value: int) -> MosaicWord:
         """A constant."""
-        return MosaicWord(mosaic_words.integer(value, ptx.i32()))
+        return MosaicWord(integer(value, ptx.i32()))
 
     def minimum(self, a: MosaicWord, b: MosaicWord | int) -> MosaicWord:
         """The lesser."""
-        return MosaicWord(arith.minui(a.value, mosaic_words.value_of(b)))
+        return MosaicWord(arith.minui(a.value, value_of(b)))
 
     def loop(
         self, count: MosaicWord, carry: Sequence[Any], body: Callable[..., Sequence[Any]]
     ) -> list[Any]:
         """A loop of the device; words and reals are carried in registers."""
         index = ir.IndexType.get()
-        start, step = mosaic_words.integer(0, index), mosaic_words.integer(1, index)
-        raw = [mosaic_words.raw(value) for value in carry]
-        op = scf.ForOp(start, arith.index_cast(index, count.value), step, raw)
+        start, step = integer(0, index), integer(1, index)
+        begin = [raw(value) for value in carry]
+        op = scf.ForOp(start, arith.index_cast(index, count.value), step, begin)
         with ir.InsertionPoint(op.body):
             i = MosaicWord(arith.index_cast(ptx.i32(), op.induction_variable))
-            new = body(i, [mosaic_words.wrapped(value) for value in op.inner_iter_args])
-            scf.yield_([mosaic_words.raw(value) for value in new])
-        return [mosaic_words.wrapped(value) for value in op.results]
+            new = body(i, [wrapped(value) for value in op.inner_iter_args])
+            scf.yield_([raw(value) for value in new])
+        return [wrapped(value) for value in op.results]
 
     def from_lane(self, value: ir.Value, lane: MosaicWord) -> ir.Value:
         """One instruction."""
@@ -421,7 +422,7 @@ class MosaicMachine(MosaicReals, Machine):
         """One instruction for each i, and the commit of them together."""
         # Registers of A and C must be written before the fence; what LLVM takes for pure it could move.
         in_registers = [words for words in a if not isinstance(words, Rows)]
-        flat = [mosaic_words.raw(v) for values in (*in_registers, *(sums or ())) for v in values]
+        flat = [raw(v) for values in (*in_registers, *(sums or ())) for v in values]
         flat = ptx.pinned("wgmma.fence.sync.aligned;", flat)
         size, count = 4 * len(in_registers), tokens // 2
         descriptor = self._descriptor(tile, 8 * step, _WIDE_ROWS)
@@ -438,7 +439,7 @@ class MosaicMachine(MosaicReals, Machine):
             for i, part in enumerate(a)
         ]
         ptx.ordered("wgmma.commit_group.sync.aligned;", [], "")
-        return [[mosaic_words.wrapped(value) for value in values] for values in results]
+        return [[wrapped(value) for value in values] for values in results]
 
     def _descriptor(self, place: MosaicWord, words: int, rows: int) -> ir.Value:
         """Of a K-major operand that lies so many words after a place.
@@ -447,13 +448,13 @@ class MosaicMachine(MosaicReals, Machine):
         """
         sixteens = MosaicWord(self._shared_address(place)) >> 4
         low = arith.extui(ptx.i64(), (sixteens + (words // 4 | 1 << 16)).value)
-        return arith.ori(low, mosaic_words.integer(rows << 32, ptx.i64()))
+        return arith.ori(low, integer(rows << 32, ptx.i64()))
 
     def wait(self, pending: int, sums: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """What is returned passes through the instruction, so that no use of it comes before."""
-        flat = [mosaic_words.raw(value) for values in sums for value in values]
+        flat = [raw(value) for values in sums for value in values]
         flat = ptx.pinned(f"wgmma.wait_group.sync.aligned {pending};", flat)
-        values, count = [mosaic_words.wrapped(value) for value in flat], len(sums[0])
+        values, count = [wrapped(value) for value in flat], len(sums[0])
         return [values[i : i + count] for i in range(0, len(values), count)]
 
 
