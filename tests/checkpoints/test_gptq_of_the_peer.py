@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax import nnx_layers
+from qjax import cpu, nnx_layers
 from qjax.algorithms import gptq
 from qjax.observation import Observed
 from qjax_checkpoints import shipped
@@ -51,6 +51,12 @@ def as_users_compile_it():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", fast)
+
+
+@pytest.fixture(autouse=True)
+def hessians_do_not_depend_on_the_cpu(monkeypatch):
+    """Summed in one order: a code that ties falls one way or the other with it, and takes others along."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
 
 
 @functools.cache

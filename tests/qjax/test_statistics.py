@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax import statistics
+from qjax import cpu, statistics
 
 ROWS, WIDTH = 50, 7
 
@@ -66,7 +66,9 @@ def test_where_all_rows_are_too_few_there_are_as_many_as_all(x):
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 130])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_hessian_is_the_exact_sum_of_products(width, dtype):
+@pytest.mark.parametrize("has_products", [False, True])
+def test_hessian_is_the_exact_sum_of_products(monkeypatch, width, dtype, has_products):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: has_products)
     rows = jax.random.normal(jax.random.key(2), (33, width)).astype(dtype)
     found = jax.jit(functools.partial(statistics.of_rows, hessian=True))(rows).hessian
     assert found.dtype == jnp.float32
