@@ -4,8 +4,7 @@
 import functools
 from pathlib import Path
 
-# Names of Linux: AVX512-BF16 and AMX of x86. Others multiply bfloat16 as float32, some at a fraction of
-# its speed.
+# Names of Linux: AVX512-BF16 and AMX of x86. Others multiply bfloat16 as float32.
 _BFLOAT16_PRODUCTS = frozenset({"avx512_bf16", "amx_bf16"})
 
 

@@ -181,6 +181,6 @@ def _transposed(x: Num[Array, "rows k"]) -> Num[Array, "k rows"]:
     return lax.optimization_barrier(in_a_row.reshape(x.shape[::-1]))
 
 
-def _product(a: Num[Array, "..."], b: Num[Array, "..."], rows_at: int) -> Float[Array, "i j"]:
+def _product(a: Num[Array, "_ _"], b: Num[Array, "_ _"], rows_at: int) -> Float[Array, "i j"]:
     over_rows = (((rows_at,), (rows_at,)), ((), ()))
     return lax.dot_general(a, b, over_rows, precision="highest", preferred_element_type=jnp.float32)
