@@ -43,6 +43,19 @@ def compute_dtype(arriving: DTypeLike) -> Any:
     return None if arriving == jnp.bfloat16 and cpu.multiplies_bfloat16() else jnp.float32
 
 
+def windows_at_once(length: int) -> int:
+    """How many windows pass through a block at once.
+
+    On a CPU they are no more than 4096 tokens, if one window is not: what a product of more gives is over
+    32 MiB in float32 where it is 2048 wide, and memory of that size glibc takes anew from the system each
+    time, page by page.
+
+    Args:
+      length: tokens of a window.
+    """
+    return min(8, max(1, 4096 // length)) if jax.default_backend() == "cpu" else 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockPass:
     """All batches pass through one block.
@@ -95,9 +108,9 @@ class BlockPass:
             paths: Sequence[str], experts: ExpertTokens, keep: bool = False
         ) -> Observed:
             options = {"hessians": hessians, "wanted": tuple(paths), "experts": experts}
-            total, inputs = None, _empty_like(self.hidden)
+            total, inputs, parts = None, _empty_like(self.hidden), nnx.split(module)
             for i, x in enumerate(self.hidden):
-                passed = self._run(module, i, x, keep=keep, **options)
+                passed = self._run(parts, i, x, keep=keep, **options)
                 total = observation.merged(total, passed.observed)
                 if keep:
                     inputs.append(passed.input)
@@ -117,8 +130,9 @@ class BlockPass:
 
     def finish(self, module: nnx.Module) -> None:
         """Replaces the activations before the block by those after it."""
+        parts = nnx.split(module)
         for i, x in enumerate(self.hidden):
-            self.hidden[i] = self._run(module, i, x).output
+            self.hidden[i] = self._run(parts, i, x).output
         self.kept.clear()
 
     def traced(self, module: nnx.Module, **options: Any) -> jax.stages.Traced:
@@ -129,8 +143,8 @@ class BlockPass:
         how = self._how(x) | options
         return _run.trace(graphdef, state, x, self.block.context, *given, **how)
 
-    def _run(self, module: nnx.Module, i: int, x: Array, **options: Any) -> "_Passed":
-        graphdef, state = nnx.split(module)
+    def _run(self, parts: tuple[Any, Any], i: int, x: Array, **options: Any) -> "_Passed":
+        graphdef, state = parts
         how = self._how(x) | options
         return _run(graphdef, state, x, self.block.context, *self._given(i), **how)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from qjax import (
@@ -56,7 +56,7 @@ def quantize_sequentially(
     *,
     method: str | Method,
     search: RangeSearch | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     experts: ExpertTokens = "routed",
     true_sequential: bool = False,
     storage: Storage | None = None,
@@ -76,9 +76,10 @@ def quantize_sequentially(
       recipe: which layers are held how; a scheme's name means that scheme everywhere.
       method: how weights are rounded, or its name.
       search: how the range of each tile is chosen, where ``method`` is a name; None: as suits it.
-      batch_size: windows at once; results do not depend on it but for the order of sums. Where the
-        model's arrays lie on a mesh (``NamedSharding``), the windows of a batch are spread over its
-        devices, if they are a multiple of these.
+      batch_size: windows at once; None: 8, or those of 4096 tokens on a CPU, if these are fewer. Results
+        do not depend on it but for the order of sums. Where the model's arrays lie on a mesh
+        (``NamedSharding``), the windows of a batch are spread over its devices, if they are a multiple
+        of these.
       experts: what an expert is calibrated with: ``"routed"``, the tokens that are sent to it, or
         ``"all"``.
       true_sequential: whether the layers of one input of a block are quantized before the statistics of
@@ -133,7 +134,8 @@ def quantize_sequentially(
     hidden, unquantized = (SpilledArrays(spill) if spill else [] for _ in range(2))
     unfinished = [block for block in blockwise.blocks if storage.finished(block.path) is None]
     if looks_at_inputs and unfinished:
-        batches = np.array_split(tokens, range(batch_size, len(tokens), batch_size))
+        size = batch_size or block_passes.windows_at_once(tokens.shape[1])
+        batches = np.array_split(tokens, range(size, len(tokens), size))
         for wanted in (hidden, unquantized) if method.learned else (hidden,):
             _enter(wanted, batches, blockwise, storage, modules)
     done: dict[str, LayerReport] = {}
@@ -217,31 +219,33 @@ def _enter(
     """Makes the activations that the first block takes."""
     for path in blockwise.entrance:
         storage.load(path, modules[path])
+    mesh = _mesh_of(modules)
     for batch in batches:
-        x = blockwise.enter(_over_the_mesh(jnp.asarray(batch), modules))
+        x = blockwise.enter(_over_the_mesh(jnp.asarray(batch), mesh))
         hidden.append(x.astype(block_passes.compute_dtype(x.dtype) or x.dtype))
     for path in blockwise.entrance:
         storage.release(path, modules[path])
 
 
-def _over_the_mesh(
-    batch: Int[Array, "B T"], modules: Mapping[str, nnx.Module]
-) -> Int[Array, "B T"]:
-    """A batch whose windows are spread over the mesh of a model that lies on one.
+def _mesh_of(modules: Mapping[str, nnx.Module]) -> Mesh | None:
+    """The mesh that a model lies on, if it does."""
+    values = (
+        v.get_value() for module in modules.values() for v in named_variables(module).values()
+    )
+    shardings = (getattr(value, "sharding", None) for value in values)
+    meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
+
+
+def _over_the_mesh(batch: Int[Array, "B T"], mesh: Mesh | None) -> Int[Array, "B T"]:
+    """A batch whose windows are spread over a mesh.
 
     What follows from it is so, too, and each device runs through its own windows. A batch that does not
     divide goes to all of them.
     """
-    values = (
-        v.get_value() for module in modules.values() for v in named_variables(module).values()
-    )
-    for value in values:
-        where = getattr(value, "sharding", None)
-        if isinstance(where, NamedSharding) and len(batch) % where.mesh.size == 0:
-            return jax.device_put(
-                batch, NamedSharding(where.mesh, PartitionSpec(where.mesh.axis_names))
-            )
-    return batch
+    if mesh is None or len(batch) % mesh.size:
+        return batch
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
 def _outside_the_blocks(

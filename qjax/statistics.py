@@ -78,12 +78,13 @@ def of_rows(
     else:
         # Rows of zeros add nothing to any sum.
         x = jnp.where(counted[:, None], x, 0)
-    wide, counts = x.astype(jnp.float32), counted[:, None]
+    counts = counted[:, None]
     return InputStatistics(
         hessian=_gram(x) if hessian else None,
-        low=jnp.min(wide, axis=0, initial=jnp.inf, where=counts),
-        high=jnp.max(wide, axis=0, initial=-jnp.inf, where=counts),
-        magnitude=jnp.sum(jnp.abs(wide), axis=0),
+        # Extremes are exact in any type, and a CPU takes a quarter of the time for those of x itself.
+        low=jnp.min(x, axis=0, initial=jnp.inf, where=counts).astype(jnp.float32),
+        high=jnp.max(x, axis=0, initial=-jnp.inf, where=counts).astype(jnp.float32),
+        magnitude=jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=0),
         rows=jnp.sum(counted, dtype=jnp.int32),
     )
 

@@ -195,7 +195,9 @@ def _attend(
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1, keepdims=True)
+    if values.scale is None:
+        weights = weights.astype(queries.dtype)  # as the product takes them: so they sum to one
+    total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
     weights = weights.reshape(num_kv_heads, group * length, -1)
     # Dividing the H features after the sum is cheaper than the S weights before it.
     sums = _weighted_sums(weights, values, queries.dtype).reshape(queries.shape)

@@ -259,14 +259,16 @@ class GatedMLP(nnx.Module):
 
 
 def activate(kind: Activation, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The named activation."""
+    """The named activation, computed in float32 and rounded once, as PyTorch does."""
+    wide = x.astype(jnp.float32)
     match kind:
         case "silu":
-            return jax.nn.silu(x)
+            result = jax.nn.silu(wide)
         case "gelu_tanh":
-            return jax.nn.gelu(x, approximate=True)
+            result = jax.nn.gelu(wide, approximate=True)
         case "gelu":
-            return jax.nn.gelu(x, approximate=False)
+            result = jax.nn.gelu(wide, approximate=False)
+    return result.astype(x.dtype)
 
 
 class PreNorm(nnx.Module):
