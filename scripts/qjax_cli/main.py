@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from qjax_cli import huge_pages
 from qjax_cli.console import Console
 
 # Name, module, and the line that `qjax --help` shows.
@@ -113,6 +114,7 @@ def entry() -> NoReturn:
     hooks, hundreds of lines of them, some when the interpreter is already closing. All errors that matter
     arrive in `main` as exceptions, so here those voices are turned off.
     """
+    huge_pages.ask()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
     status = main()
