@@ -81,7 +81,7 @@ def of_rows(
     counts = counted[:, None]
     return InputStatistics(
         hessian=_gram(x) if hessian else None,
-        # Extremes are exact in any type, and a CPU takes a quarter of the time for those of x itself.
+        # Extremes are exact in any type: those of x itself take a CPU half of the time or less.
         low=jnp.min(x, axis=0, initial=jnp.inf, where=counts).astype(jnp.float32),
         high=jnp.max(x, axis=0, initial=-jnp.inf, where=counts).astype(jnp.float32),
         magnitude=jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=0),
