@@ -43,17 +43,26 @@ def compute_dtype(arriving: DTypeLike) -> Any:
     return None if arriving == jnp.bfloat16 and cpu.multiplies_bfloat16() else jnp.float32
 
 
-def windows_at_once(length: int) -> int:
+def windows_at_once(length: int, devices: int) -> int:
     """How many windows pass through a block at once.
 
-    On a CPU they are no more than 4096 tokens, if one window is not: what a product of more gives is over
-    32 MiB in float32 where it is 2048 wide, and memory of that size glibc takes anew from the system each
-    time, page by page.
+    On a CPU they are no more than 4096 tokens, or one window for each device: what a product of more
+    gives is over 32 MiB in float32 where it is 2048 wide, and memory of that size glibc takes anew from
+    the system each time, page by page.
 
     Args:
       length: tokens of a window.
+      devices: that the windows are spread over.
+
+    Example:
+      >>> [windows_at_once(length, 1) for length in (256, 1024, 1300, 8192)]  # on a CPU
+      [8, 4, 3, 1]
+      >>> [windows_at_once(length, 2) for length in (256, 1024, 1300, 8192)]
+      [8, 4, 2, 2]
     """
-    return min(8, max(1, 4096 // length)) if jax.default_backend() == "cpu" else 8
+    if jax.default_backend() != "cpu":
+        return 8
+    return min(8, devices * max(1, 4096 // (devices * length)))
 
 
 @dataclass(frozen=True, kw_only=True)

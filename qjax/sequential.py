@@ -76,10 +76,10 @@ def quantize_sequentially(
       recipe: which layers are held how; a scheme's name means that scheme everywhere.
       method: how weights are rounded, or its name.
       search: how the range of each tile is chosen, where ``method`` is a name; None: as suits it.
-      batch_size: windows at once; None: 8, or those of 4096 tokens on a CPU, if these are fewer. Results
-        do not depend on it but for the order of sums. Where the model's arrays lie on a mesh
-        (``NamedSharding``), the windows of a batch are spread over its devices, if they are a multiple
-        of these.
+      batch_size: windows at once; None: 8, or those of 4096 tokens on a CPU, if these are fewer
+        (:func:`qjax.block_passes.windows_at_once`). Results do not depend on it but for the order of
+        sums. Where the model's arrays lie on a mesh (``NamedSharding``), the windows of a batch are
+        spread over its devices, if they are a multiple of these.
       experts: what an expert is calibrated with: ``"routed"``, the tokens that are sent to it, or
         ``"all"``.
       true_sequential: whether the layers of one input of a block are quantized before the statistics of
@@ -134,10 +134,8 @@ def quantize_sequentially(
     hidden, unquantized = (SpilledArrays(spill) if spill else [] for _ in range(2))
     unfinished = [block for block in blockwise.blocks if storage.finished(block.path) is None]
     if looks_at_inputs and unfinished:
-        size = batch_size or block_passes.windows_at_once(tokens.shape[1])
-        batches = np.array_split(tokens, range(size, len(tokens), size))
         for wanted in (hidden, unquantized) if method.learned else (hidden,):
-            _enter(wanted, batches, blockwise, storage, modules)
+            _enter(wanted, tokens, batch_size, blockwise, storage, modules)
     done: dict[str, LayerReport] = {}
     for block in blockwise.blocks:
         reports = _through(
@@ -211,7 +209,8 @@ def _through(
 
 def _enter(
     hidden: Activations,
-    batches: list[np.ndarray],
+    tokens: Int[np.ndarray, "n length"],
+    batch_size: int | None,
     blockwise: Blockwise,
     storage: Storage,
     modules: dict[str, nnx.Module],
@@ -220,7 +219,9 @@ def _enter(
     for path in blockwise.entrance:
         storage.load(path, modules[path])
     mesh = _mesh_of(modules)
-    for batch in batches:
+    devices = 1 if mesh is None else mesh.size
+    size = batch_size or block_passes.windows_at_once(tokens.shape[1], devices)
+    for batch in np.array_split(tokens, range(size, len(tokens), size)):
         x = blockwise.enter(_over_the_mesh(jnp.asarray(batch), mesh))
         hidden.append(x.astype(block_passes.compute_dtype(x.dtype) or x.dtype))
     for path in blockwise.entrance:
