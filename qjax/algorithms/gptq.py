@@ -30,6 +30,7 @@ References:
   damping are those of the authors' code, https://github.com/IST-DASLab/gptq.
 """
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -74,7 +75,10 @@ class Options:
         groups and channels, in an order that takes the inputs of a group one after the other.
       exact_peer: to round as llm-compressor 0.14 does: the rounded weight that an error is measured
         from is itself rounded to the weight's dtype, and so is each step to an asymmetric scale and
-        zero; inputs that calibration never saw other than zero lose their weights.
+        zero; inputs that calibration never saw other than zero lose their weights. The factor comes from
+        float64 then. In float32 two ways to the same factor differ by as much as a Hessian's condition
+        number makes of a rounding, some weights that nearly tie fall the other way with it, and each
+        takes about 30 codes of its output along; from float64 only llm-compressor's own roundings do.
     """
 
     damping: float = 0.01
@@ -137,10 +141,25 @@ def factor(
     diagonal = jnp.where(dead, 1.0, diagonal)
     order = _order(diagonal, options.order, group_size or len(diagonal))
     reverse = living[order][:, order][::-1, ::-1]
-    mean = jnp.mean(diagonal)
+    double = options.exact_peer
+    with jax.enable_x64(True) if double else contextlib.nullcontext():
+        wide = reverse.astype(jnp.float64 if double else jnp.float32)
+        inverse, damping = _inverse_factor(wide, options.damping)
+        inverse, damping = inverse.astype(jnp.float32), damping.astype(jnp.float32)
+    return Factor(
+        hessian=hessian, upper=inverse[::-1, ::-1], order=order, dead=dead, damping=damping
+    )
+
+
+def _inverse_factor(
+    hessian: Float[Array, "k k"], damping: float
+) -> tuple[Float[Array, "k k"], Float[Array, ""]]:
+    """The inverse of the Cholesky factor of a damped Hessian, and the damping that was needed or NaN."""
+    identity = jnp.eye(len(hessian), dtype=hessian.dtype)
+    mean = jnp.mean(jnp.diagonal(hessian))
 
     def factorized(damping: Float[Array, ""]) -> Float[Array, "k k"]:
-        return jnp.linalg.cholesky(reverse + damping * mean * jnp.eye(len(diagonal)))
+        return jnp.linalg.cholesky(hessian + damping * mean * identity)
 
     def failed(state) -> Bool[Array, ""]:
         damping, lower = state
@@ -150,14 +169,10 @@ def factor(
         damping = 2 * state[0]
         return damping, factorized(damping)
 
-    first = jnp.float32(options.damping)
-    damping, lower = lax.while_loop(failed, harder, (first, factorized(first)))
-    identity = jnp.eye(len(diagonal), dtype=jnp.float32)
+    first = jnp.asarray(damping, hessian.dtype)
+    needed, lower = lax.while_loop(failed, harder, (first, factorized(first)))
     inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    damping = jnp.where(jnp.isfinite(lower).all(), damping, jnp.nan)
-    return Factor(
-        hessian=hessian, upper=inverse[::-1, ::-1], order=order, dead=dead, damping=damping
-    )
+    return inverse, jnp.where(jnp.isfinite(lower).all(), needed, jnp.nan)
 
 
 def _order(diagonal: Float[Array, " k"], order: Order, size: int) -> Int[Array, " k"]:

@@ -3,14 +3,13 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import qjax
-from qjax import cpu, nnx_layers
+from qjax import nnx_layers
 from qjax.algorithms import gptq
 from qjax.observation import Observed
 from qjax_checkpoints import shipped
@@ -44,21 +43,6 @@ def grouped_queries(dtype) -> Decoder:
     return Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
 
 
-@pytest.fixture(autouse=True)
-def as_users_compile_it():
-    """Sums in the order of a user's program, not in that of one that is compiled fast (conftest.py)."""
-    fast = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", fast)
-
-
-@pytest.fixture(autouse=True)
-def hessians_do_not_depend_on_the_cpu(monkeypatch):
-    """Summed in one order: a code that ties falls one way or the other with it, and takes others along."""
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
-
-
 @functools.cache
 def calibrated(make, dtype) -> tuple[Decoder, Observed]:
     model = make(dtype)
@@ -84,26 +68,40 @@ def test_codes_are_those_of_llm_compressor(make, scheme, dtype):
     layers = dict(nnx_layers.quantizable_layers(model))
     paths = sorted(path for path in layers if path in observed and path != "lm_head")
     weights = {path: nnx_layers.weight_of(layers[path]) for path in paths}
-    shares = {}
-    # In the batches that the peer itself makes: in others it sums in another order, and a tie that falls
-    # the other way takes what follows in its output along.
+    differ, settled = {}, {}
+    # In the batches that the peer itself makes: in others it sums in another order.
     batches = {(path.split("/")[2], w.shape): [] for path, w in weights.items()}
     for path, w in weights.items():
         batches[path.split("/")[2], w.shape].append(path)
     for alike in batches.values():
-        expected = peers_weights([weights[p] for p in alike], [observed[p] for p in alike], scheme)
-        for path, theirs in zip(alike, expected, strict=True):
+        given = [weights[p] for p in alike], [observed[p] for p in alike], scheme
+        for path, theirs, exact in zip(
+            alike, peers_weights(*given), peers_weights(*given, torch.float64), strict=True
+        ):
             factor = gptq.factor(observed[path].hessian, OPTIONS, GROUP)
             q = gptq.quantize(weights[path], scheme, factor, options=OPTIONS)
             ours = np.asarray(qjax.dequantize(q, jnp.float32))
-            step = np.repeat(np.asarray(q.scale, np.float32), GROUP, axis=0)
-            shares[path] = float(np.mean(np.abs(ours - theirs) < step / 2))
-    assert len(shares) == 7 * model.config.num_layers
+            half = np.repeat(np.asarray(q.scale, np.float32), GROUP, axis=0) / 2
+            differ[path] = np.abs(ours - theirs) >= half
+            settled[path] = np.abs(exact - theirs) < half
+    assert len(differ) == 7 * model.config.num_layers
+    # 99.9 % of every module. Two ties can cost a small module as much, and where the peer itself decides
+    # them otherwise in float64, it is the order of its sums that did, which its library picks by the CPU.
+    shares = {path: 1 - (differ[path] & settled[path]).mean() for path in differ}
     assert min(shares.values()) >= 0.999, sorted(shares.items(), key=lambda item: item[1])[:5]
+    assert np.mean(np.concatenate([d.ravel() for d in differ.values()])) <= 0.0005
+    assert all(share.mean() >= 0.99 for share in settled.values())
 
 
-def peers_weights(weights, statistics, scheme: str) -> list[np.ndarray]:
-    """What llm-compressor makes of weights of one shape: dequantized, ``[in, out]``."""
+def peers_weights(weights, statistics, scheme: str, precision=torch.float32) -> list[np.ndarray]:
+    """What llm-compressor makes of weights of one shape: dequantized, ``[in, out]``.
+
+    Args:
+      weights: of one shape.
+      statistics: of their inputs.
+      scheme: of four bits, in groups.
+      precision: that it computes in; it has float32 for it.
+    """
     args = compressed_tensors.QuantizationArgs(
         num_bits=4,
         group_size=GROUP,
@@ -115,7 +113,9 @@ def peers_weights(weights, statistics, scheme: str) -> list[np.ndarray]:
     hessians = torch.stack([_tensor(s.hessian) for s in statistics])
     groups = kernels.unflatten(-1, (-1, GROUP))
     scale, zero = quantization_math.calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    result, _, fell_back = peer.quantize_weight(kernels, hessians, scale, zero, None, args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer, "GPTQ_PRECISION", precision)
+        result, _, fell_back = peer.quantize_weight(kernels, hessians, scale, zero, None, args)
     assert not fell_back.any()
     return [w.T.float().numpy() for w in result]
 

@@ -187,6 +187,24 @@ def test_dead_inputs_keep_their_nearest_codes_unless_a_peer_is_matched(codes_of)
     assert not codes_of(peers)[5].any()
 
 
+@pytest.mark.parametrize(("exact_peer", "most"), [(True, 1e-6), (False, 1e-3)])
+def test_factor_is_of_float64_where_a_peer_is_matched(exact_peer, most):
+    """Its error, of a Hessian whose condition number is 20,000, and that it is float32 after all."""
+    k = 256
+    x = inputs(k, rows=1000, seed=9) @ np.diag(np.geomspace(10, 0.1, k)).astype(np.float32)
+    x += 3 * x[:, :1]
+    hessian = x.T @ x
+    factor = gptq.factor(jnp.asarray(hessian), gptq.Options(exact_peer=exact_peer))
+    order = np.asarray(factor.order)
+    h = hessian.astype(np.float64)[np.ix_(order, order)]
+    h += 0.01 * np.mean(np.diag(h)) * np.eye(k)
+    assert np.linalg.cond(h) > 10_000
+    exact = np.linalg.cholesky(np.linalg.inv(h)).T
+    error = np.abs(np.asarray(factor.upper) - exact).max() / np.abs(exact).max()
+    assert error < most and (exact_peer or error > 1e-6)
+    assert factor.upper.dtype == factor.damping.dtype == jnp.float32
+
+
 def test_damping_is_raised_until_the_hessian_holds():
     """One direction alone, seen a hundred million times: float32 cannot factorize it with 1 %."""
     direction = np.random.default_rng(6).standard_normal(256)
