@@ -3,6 +3,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,6 +42,15 @@ def grouped_queries(dtype) -> Decoder:
         head_size=64, max_positions=512,
     )  # fmt: skip
     return Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(autouse=True)
+def fast_programs():
+    """The programs here run for longer than they compile (conftest.py says otherwise of the rest)."""
+    compiled_fast = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", compiled_fast)
 
 
 @functools.cache

@@ -188,22 +188,21 @@ def test_a_rotated_model_says_what_became_of_its_tied_head(qjax, source, tokens,
 
 
 @pytest.mark.one_version  # with both, two formats of directories are read by their own tests
-@pytest.mark.parametrize("target", ["compressed-tensors", "orbax"])
 @pytest.mark.parametrize(
     "scheme", ["w4a16-g32", "w4a8", "w4afp8-g32", "w3a16-g32-asym", "fp8-block", "nvfp4"]
 )
-def test_every_kind_of_codes_generates_what_it_does_in_memory(
-    qjax, source, tmp_path, scheme, target
-):
-    done = qjax("quantize", source, tmp_path / "out", "--scheme", scheme, "--format", target)
-    assert done.status == 0, done.err
-    spoken = qjax("generate", tmp_path / "out", "--prompt", "abc", "--max-new", 5, "--json")
-    assert spoken.status == 0, spoken.err
+def test_every_kind_of_codes_generates_what_it_does_in_memory(qjax, source, tmp_path, scheme):
     model, _ = quantize_model(load(source).model, scheme)
     tokenizer = load_tokenizer(source, vocab_size=260)
     generator = Generator(model, capacity=8, stop_tokens=tokenizer.eos_ids)
     (answer,) = generator.generate([tokenizer.encode("abc")], 5).tokens
-    assert spoken.json["text"] == tokenizer.decode(answer)
+    for target in ("compressed-tensors", "orbax"):
+        out = tmp_path / target
+        done = qjax("quantize", source, out, "--scheme", scheme, "--format", target)
+        assert done.status == 0, done.err
+        spoken = qjax("generate", out, "--prompt", "abc", "--max-new", 5, "--json")
+        assert spoken.status == 0, spoken.err
+        assert spoken.json["text"] == tokenizer.decode(answer), target
 
 
 def test_eval_reads_text(qjax, source, tmp_path):
