@@ -75,10 +75,9 @@ class Options:
         groups and channels, in an order that takes the inputs of a group one after the other.
       exact_peer: to round as llm-compressor 0.14 does: the rounded weight that an error is measured
         from is itself rounded to the weight's dtype, and so is each step to an asymmetric scale and
-        zero; inputs that calibration never saw other than zero lose their weights. The factor comes from
-        float64 then. In float32 two ways to the same factor differ by as much as a Hessian's condition
-        number makes of a rounding, some weights that nearly tie fall the other way with it, and each
-        takes about 30 codes of its output along; from float64 only llm-compressor's own roundings do.
+        zero; inputs that calibration never saw other than zero lose their weights. The factor is computed
+        in float64 then: that of float32 is further from the exact one than llm-compressor's, and weights
+        that nearly tie fall the other way with it (``docs/gptq.md``).
     """
 
     damping: float = 0.01

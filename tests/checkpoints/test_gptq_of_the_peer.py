@@ -110,7 +110,7 @@ def peers_weights(weights, statistics, scheme: str, precision=torch.float32) -> 
       weights: of one shape.
       statistics: of their inputs.
       scheme: of four bits, in groups.
-      precision: that it computes in; it has float32 for it.
+      precision: that it computes in; as released, float32.
     """
     args = compressed_tensors.QuantizationArgs(
         num_bits=4,
