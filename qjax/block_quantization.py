@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from qjax import (
     activations,
@@ -93,10 +93,21 @@ class Task:
 
 
 def compile_ahead(block: Block, x: Float[Array, "B T D"], task: Task) -> None:
-    """Compiles what a block takes all at once, not one by one where it is called, which finds it then."""
+    """Compiles what a block takes all at once, not one by one where it is called, which finds it then.
+
+    Each is compiled while the next ones are traced.
+    """
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda program: program.compile(), _programs(block, x, task)))
+
+
+def _programs(block: Block, x: Float[Array, "B T D"], task: Task) -> Iterator[jax.stages.Lowered]:
     wanted, method = task.wanted(block), task.method
-    lowered = layer_quantization.programs(wanted, task.assigned, method)
-    if not lowered:  # of other methods none takes long
+    takes_long = False
+    for program in layer_quantization.programs(wanted, task.assigned, method):
+        takes_long = True
+        yield program
+    if not takes_long:
         return
     passing, names = task.passing(block, [x]), task.names(block)
     module, hessians = block.module, {"hessians": method.needs_hessians}
@@ -104,19 +115,16 @@ def compile_ahead(block: Block, x: Float[Array, "B T D"], task: Task) -> None:
         for i, layers in enumerate(passing.halts(names)):
             options = hessians | {"wanted": layers, "keep": i > 0}
             traced = passing.traced(module, **options)
-            lowered.append(traced.lower())
+            yield traced.lower()
             if i:
                 passing.keep(layers, [block_passes.input_shape(traced)])
         if not task.goes_on(block):
             passing.kept.clear()
     else:
-        traced = passing.traced(module, wanted=names, keep=False, **hessians)
-        lowered.append(traced.lower())
+        yield passing.traced(module, wanted=names, keep=False, **hessians).lower()
     finished = copied(block.module)
     kv_cache.expect(finished)
-    lowered.append(passing.traced(finished).lower())
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(lambda program: program.compile(), lowered))
+    yield passing.traced(finished).lower()
 
 
 def quantize_block(passing: BlockPass, targets: Activations, task: Task) -> tuple[LayerReport, ...]:
@@ -303,10 +311,9 @@ def _fallback(inputs: Inputs | None) -> str:
 
 def _check(known: dict[str, Inputs], method: Method) -> None:
     """Refuses what no method can work with, before any work is done on it."""
-    finite = _are_finite([inputs.statistics.magnitude for inputs in known.values()])
-    for (path, inputs), is_finite in zip(known.items(), finite, strict=True):
+    for path, inputs in known.items():
         found = inputs.statistics
-        if not bool(is_finite):
+        if not np.isfinite(np.asarray(found.magnitude)).all():
             raise ValueError(
                 f"{path}: its inputs are not finite: weights before it are damaged or overflow"
             )
@@ -315,11 +322,6 @@ def _check(known: dict[str, Inputs], method: Method) -> None:
                 f"{path}: {int(found.rows)} calibration tokens for {len(found.magnitude)} inputs; a "
                 f"Hessian of that many needs at least as many tokens, better ten times more"
             )
-
-
-@jax.jit
-def _are_finite(arrays: Sequence[Float[Array, "..."]]) -> list[Bool[Array, ""]]:
-    return [jnp.isfinite(array).all() for array in arrays]
 
 
 def _learn(

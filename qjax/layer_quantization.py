@@ -4,7 +4,7 @@
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -113,7 +113,7 @@ def quantize_layer(
 
 def programs(
     paths: Sequence[str], assignment: Assignment, method: Method
-) -> list[jax.stages.Lowered]:
+) -> Iterator[jax.stages.Lowered]:
     """What :func:`quantize_layer` is going to run for some layers and takes long to compile.
 
     And what makes plain values of its result, for the blocks behind it.
@@ -126,7 +126,7 @@ def programs(
     Raises:
       ValueError: as :func:`quantize_layer` does.
     """
-    options, found = method.rounding, {}
+    options, found = method.rounding, set()
     for path in paths:
         layer, scheme = assignment.layers[path], assignment.scheme(path)
         if options is None or scheme is None or path in assignment.shared:
@@ -141,10 +141,11 @@ def programs(
         )
         inputs = math.prod(w.shape[i] for i in axis)
         hessian = jax.ShapeDtypeStruct((inputs, inputs), jnp.float32)
-        found[alike] = [*lowered, _compared.lower(w, q, hessian)]
+        found.add(alike)
+        yield from lowered
+        yield _compared.lower(w, q, hessian)
         if scheme.activations is None:
-            found[alike].append(jax.jit(qtensor.dequantize).lower(q))  # jit knows functions again
-    return [program for some in found.values() for program in some]
+            yield jax.jit(qtensor.dequantize).lower(q)  # jit knows functions again
 
 
 def _quantize(

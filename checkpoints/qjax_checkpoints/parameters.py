@@ -147,9 +147,7 @@ def check_values(directory: ModelDirectory, names: Iterable[str]) -> None:
         ValueError: NaN.
     """
     for name in names:
-        check_numbers(
-            _on_device(directory.tensor(name), "plain", None), f"{directory.path}: tensor {name}"
-        )
+        check_numbers(directory.tensor(name), f"{directory.path}: tensor {name}")
         directory.release(name)
 
 
@@ -214,7 +212,7 @@ def place(layer: nnx_layers.QuantizableLayer, weight: nnx.Variable, q: QTensor) 
     nnx_layers.install(layer, q)
 
 
-def check_numbers(value: jax.Array | QTensor, what: str) -> None:
+def check_numbers(value: jax.Array | np.ndarray | QTensor, what: str) -> None:
     """Checks that an array, or the codes and scales of a QTensor, are numbers.
 
     Here and not where they are used: a model with one NaN answers everything with nonsense, and only
@@ -224,7 +222,7 @@ def check_numbers(value: jax.Array | QTensor, what: str) -> None:
         ValueError: NaN; the message begins with `what`.
     """
     floats = [x for x in jax.tree.leaves(value) if jnp.issubdtype(x.dtype, jnp.floating)]
-    if any(bool(_has_nan(x)) for x in floats):
+    if any(map(_has_nan, floats)):
         raise ValueError(f"{what}: NaN among the values; a number is needed everywhere")
 
 
@@ -251,8 +249,19 @@ def check_positive(scale: jax.Array, what: str) -> None:
         raise ValueError(f"{what}: must be a positive number, it is {scale.tolist()}")
 
 
+def _has_nan(array: jax.Array | np.ndarray) -> bool:
+    """Looks where the numbers are; on a CPU without a program to compile for each shape."""
+    if isinstance(array, np.ndarray) or _on_cpu(array):
+        return bool(np.isnan(np.asarray(array)).any())
+    return bool(_has_nan_on_device(array))
+
+
+def _on_cpu(array: jax.Array) -> bool:
+    return array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
+
+
 @jax.jit
-def _has_nan(array: Shaped[Array, "..."]) -> Bool[Array, ""]:
+def _has_nan_on_device(array: Shaped[Array, "..."]) -> Bool[Array, ""]:
     return jnp.isnan(array.astype(jnp.float32)).any()
 
 

@@ -162,7 +162,10 @@ def _attend_in_blocks(
     """One row, a block of queries at a time against the keys that the block can see at all."""
     length, num_kv_heads = keys.shape[:2]
     grouped = _grouped(queries, num_kv_heads)
-    keys, values = keys.swapaxes(0, 1), values.swapaxes(0, 1)
+    # With a row more, which nobody sees, the last block's keys are a slice, as the others': if they were
+    # just transposed, XLA would find their axes in an order that its 16-bit products on a CPU do not
+    # take, and multiply in float32.
+    keys, values = (jnp.pad(x.swapaxes(0, 1), ((0, 0), (0, 1), (0, 0))) for x in (keys, values))
     block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
     outputs = []
     for start in range(0, length, block):

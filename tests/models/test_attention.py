@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +147,17 @@ def test_gradients_of_both_forms_agree():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), loss("by_row"), loss("batched")
     )
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks XLA's compiler for CPUs")
+def test_all_blocks_multiply_in_the_type_of_their_heads():
+    like = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16)
+    program = jax.jit(lambda *heads: causal_attention(*heads, ScoreRule(scale=0.125)))
+    text = program.lower(like, like, like).compile().as_text()
+    dtypes = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
+    products = re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", text)
+    assert len(products) == 8  # four blocks
+    assert len({dtypes[operand] for operands in products for operand in operands}) == 1
 
 
 def test_cudnn_refuses_a_soft_cap():
